@@ -1,0 +1,171 @@
+"""Dynamo graph -> canonical graph: pre-autograd ATen, lowered node by node.
+
+Each node is traced alone under its own fake mode and spliced in, memoised by target and argument metadata, so that
+a layer met again costs nothing. Tracing the whole graph at once would drop gradients of `autograd.Function` bodies
+and cannot enter `tag_activation_checkpoint`; node by node both stay as they are, and their bodies are lowered alike.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxopt import compat
+from fxopt.compat import pytree
+from fxopt.fake import propagate, value_of
+from fxopt.simplify import simplify
+
+_PROVENANCE = ("stack_trace", "nn_module_stack", "source_fn_stack", "custom", "from_node")
+
+
+@dataclasses.dataclass
+class Capture:
+    """A canonical graph, and what lowering it met.
+
+    module:  the canonical graph; the Dynamo graph it came from is untouched.
+    kept:    nodes that could not be lowered and were copied as they are, each with the reason.
+    nodes:   how many nodes the Dynamo graph had; `traced` of them were traced, the others met the memo.
+    """
+
+    module: fx.GraphModule
+    kept: list[str]
+    nodes: int = 0
+    traced: int = 0
+
+
+def capture(gm: fx.GraphModule) -> Capture:
+    """Lower a Dynamo graph (nodes carrying ``example_value``) to the canonical graph.
+
+    Replaying the result gives bit-equal outputs and gradients. Nothing of `gm` is changed.
+    """
+    result = Capture(gm, [])
+    result.module = _Lowering(gm, result, {}).run()
+    return result
+
+
+class _Lowering:
+    """One graph's lowering; bodies of higher-order operators share its memo."""
+
+    def __init__(self, gm: fx.GraphModule, result: Capture, memo: dict[Any, fx.Graph]):
+        self.gm, self.result, self.memo = gm, result, memo
+        self.graph = fx.Graph()
+        self.env: dict[fx.Node, Any] = {}
+        self.bodies: dict[str, fx.GraphModule] = {}
+
+    def run(self) -> fx.GraphModule:
+        for node in self.gm.graph.nodes:
+            self.result.nodes += 1
+            self.env[node] = self.lower(node)
+        module = fx.GraphModule(self.gm, self.graph, class_name="Canonical")
+        for name, body in self.bodies.items():
+            setattr(module, name, body)
+        module.meta = dict(self.gm.meta)
+        propagate(module)
+        simplify(module)
+        module.recompile()
+        return module
+
+    def lower(self, node: fx.Node) -> Any:
+        if node.op == "output":
+            return self.graph.output(self.mapped(node.args[0]))
+        if node.op == "get_attr":
+            self.lower_body(node)
+        if _stays(node):
+            return self.copy(node)
+        inputs = node.all_input_nodes
+        values = [value_of(argument) for argument in inputs]
+        if any(value is None for value in values):
+            return self.keep(node, "an input has no example value")
+        try:
+            traced = self.traced(node, inputs, values)
+        except Exception as error:  # any node that cannot be traced is still right as it is
+            return self.keep(node, f"{type(error).__name__}: {str(error)[:120]}")
+        return self.splice(traced, node, inputs)
+
+    def keep(self, node: fx.Node, reason: str) -> fx.Node:
+        self.result.kept.append(f"{node.name} ({node.target}): {reason}")
+        new = self.copy(node)
+        new.meta["kept"] = reason
+        return new
+
+    def lower_body(self, node: fx.Node) -> None:
+        body = getattr(self.gm, str(node.target), None)
+        if isinstance(body, fx.GraphModule) and str(node.target) not in self.bodies:
+            self.bodies[str(node.target)] = _Lowering(body, self.result, self.memo).run()
+
+    def mapped(self, args: Any) -> Any:
+        return fx.node.map_arg(args, lambda argument: self.env[argument])
+
+    def copy(self, node: fx.Node) -> fx.Node:
+        name = node.name if node.op == "placeholder" else None
+        new = self.graph.create_node(node.op, node.target, self.mapped(node.args), self.mapped(node.kwargs), name=name)
+        new.meta = dict(node.meta)
+        new.type = node.type
+        return new
+
+    def traced(self, node: fx.Node, inputs: list[fx.Node], values: list[Any]) -> fx.Graph:
+        position = {argument: index for index, argument in enumerate(inputs)}
+        written = repr(fx.node.map_arg((node.args, node.kwargs), lambda argument: _Hole(position[argument])))
+        key = (node.op, str(node.target), written, torch.is_grad_enabled(), *map(_signature, values))
+        if key not in self.memo:
+            graph = compat.trace_atens(_call(node, position), values).graph
+            if any(inner.op == "get_attr" for inner in graph.nodes):
+                raise ValueError("it makes a tensor constant")
+            self.memo[key] = graph
+            self.result.traced += 1
+        return self.memo[key]
+
+    def splice(self, traced: fx.Graph, node: fx.Node, inputs: list[fx.Node]) -> Any:
+        holes = [inner for inner in traced.nodes if inner.op == "placeholder"]
+        env: dict[fx.Node, Any] = dict(zip(holes, (self.env[argument] for argument in inputs), strict=True))
+        given = set(holes)
+        out = self.graph.graph_copy(traced, env)
+        provenance = {key: node.meta[key] for key in _PROVENANCE if key in node.meta}
+        for inner, new in env.items():
+            if inner not in given:
+                new.meta = {"val": inner.meta.get("val")} | provenance
+        return out
+
+
+class _Hole(int):
+    def __repr__(self) -> str:
+        return f"@{int(self)}"
+
+
+def _stays(node: fx.Node) -> bool:
+    """Nodes that are canonical already, or that only make sense whole."""
+    if node.op in ("placeholder", "get_attr", "call_module"):
+        return True
+    if isinstance(node.target, compat.HigherOrderOperator) or node.target in compat.STATE_SWITCHES:
+        return True
+    if node.target is operator.getitem:
+        return not isinstance(value_of(node.args[0]), torch.Tensor)
+    return False
+
+
+def _call(node: fx.Node, position: dict[fx.Node, int]) -> Callable[..., Any]:
+    def call(*values: Any) -> Any:
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda argument: values[position[argument]])
+        if node.op == "call_method":
+            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+        return node.target(*args, **kwargs)  # type: ignore[operator]
+
+    return call
+
+
+def _signature(value: Any) -> Any:
+    """What tracing may depend on: two values with one signature trace alike within one graph."""
+    leaves, spec = pytree.tree_flatten(value)
+    return (str(spec), *map(_leaf_signature, leaves))
+
+
+def _leaf_signature(leaf: Any) -> Any:
+    if isinstance(leaf, torch.Tensor):
+        layout = str(leaf.stride()) if leaf.layout is torch.strided else ""
+        return (str(tuple(leaf.shape)), layout, leaf.dtype, str(leaf.device), leaf.requires_grad, str(leaf.layout))
+    return (type(leaf).__name__, str(leaf))

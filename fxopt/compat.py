@@ -1,0 +1,109 @@
+"""The only file that reaches into torch's private modules (torch 2.11 to 2.13).
+
+Everything else imports what it needs from here, so that a new torch release is a change to one file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch._C import _set_grad_enabled
+from torch._dynamo.exc import RestartAnalysis, ShortenTraceback, SkipFrame
+from torch._higher_order_ops.wrap import tag_activation_checkpoint
+from torch._ops import HigherOrderOperator, OpOverload
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils import _pytree as pytree
+
+__all__ = [
+    "DYNAMO_CONTROL",
+    "FakeTensor",
+    "FakeTensorMode",
+    "HigherOrderOperator",
+    "OpOverload",
+    "STATE_SWITCHES",
+    "PassesThroughDynamo",
+    "compile_graph",
+    "disabled_torch_function",
+    "fake_mode_of",
+    "forbid_data_pointer",
+    "ignoring_fresh_symbols",
+    "inductor_option_names",
+    "mode_options",
+    "pytree",
+    "tag_activation_checkpoint",
+    "trace_atens",
+]
+
+class PassesThroughDynamo(ShortenTraceback):
+    """An exception that reaches the user as it is: Dynamo wraps any other that a backend raises."""
+
+    def __init__(self, message: str):
+        super().__init__(message, first_useful_frame=None)
+
+
+STATE_SWITCHES: frozenset[Any] = frozenset({_set_grad_enabled, torch.amp._enter_autocast, torch.amp._exit_autocast})
+"""Nodes that change ambient state for the nodes after them: grad mode and autocast regions."""
+
+
+DYNAMO_CONTROL = (RestartAnalysis, ShortenTraceback, SkipFrame)
+"""Exceptions by which a backend and Dynamo talk; they are no failures."""
+
+
+def fake_mode_of(values: Any) -> FakeTensorMode | None:
+    """The fake mode of the first fake tensor among `values`: a backend's node metadata has a mode of its own."""
+    for value in pytree.tree_leaves(values):
+        if isinstance(value, FakeTensor):
+            return value.fake_mode
+    return None
+
+
+@contextlib.contextmanager
+def ignoring_fresh_symbols(mode: FakeTensorMode | None) -> Iterator[None]:
+    """Within, data-dependent sizes (`.item()`, `nonzero`) make symbols that nobody waits to see bound to a node."""
+    shape_env = getattr(mode, "shape_env", None)
+    with shape_env.ignore_fresh_unbacked_symbols() if shape_env is not None else contextlib.nullcontext():
+        yield
+
+
+def trace_atens(fn: Callable[..., Any], values: Sequence[Any]) -> fx.GraphModule:
+    """Trace `fn` on fake or symbolic `values` to ATen above autograd, so that composite operators stay whole."""
+    mode = fake_mode_of(values)
+    with mode or FakeTensorMode(allow_non_fake_inputs=True), ignoring_fresh_symbols(mode):
+        return make_fx(fn, pre_dispatch=True, tracing_mode="real", _allow_non_fake_inputs=True)(*values)
+
+
+def compile_graph(gm: fx.GraphModule, inputs: Sequence[Any], patches: Mapping[str, Any]) -> Callable[..., Any]:
+    """Compile `gm` for training with Inductor. The backward is lowered now, so that it fails now if it fails."""
+    from torch._functorch import config as functorch_config
+    from torch._inductor.compile_fx import compile_fx
+
+    with functorch_config.patch(force_non_lazy_backward_lowering=True):
+        return compile_fx(gm, list(inputs), config_patches=dict(patches))  # type: ignore[return-value]
+
+
+def inductor_option_names() -> list[str]:
+    """Names that ``torch._inductor.config`` accepts."""
+    import torch._inductor as inductor
+
+    return list(inductor.list_options())
+
+
+def mode_options(mode: str | None, dynamic: bool | None = None) -> dict[str, Any]:
+    """Inductor's configuration for a ``torch.compile(mode=...)``."""
+    import torch._inductor as inductor
+
+    return dict(inductor.list_mode_options(mode, dynamic)) if mode not in (None, "default") else {}
+
+
+disabled_torch_function: Any = torch._C._disabled_torch_function_impl
+"""The `__torch_function__` of a subclass that has none: torch's default one turns every result into the subclass."""
+
+
+def forbid_data_pointer(tensor: torch.Tensor) -> None:
+    """Make C++ code that asks `tensor`, which has no memory, for its data pointer raise instead of dereferencing null."""
+    torch._C._set_throw_on_mutable_data_ptr(tensor)

@@ -1,0 +1,138 @@
+"""Graphs as Python that runs: one file a stage, with source lines and the rule that made each node.
+
+The file defines the graph as a module, draws inputs of the recorded shapes, and runs forward and backward.
+"""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxopt.fake import value_of
+from fxopt.rule import Place
+
+_HEADER = '''"""{title}
+
+Written by fxopt; run it with Python to execute the graph on random inputs.
+"""
+
+import torch
+from math import inf, nan
+from torch import device, fx
+import fxopt.ops  # registers fxopt's operators
+
+'''
+
+_FOOTER = '''
+
+def inputs():
+    """Random inputs of the recorded shapes, dtypes and strides."""
+    torch.manual_seed(0)
+    return [
+{inputs}
+    ]
+
+
+if __name__ == "__main__":
+    results = {root}()(*inputs())
+    results = results if isinstance(results, (tuple, list)) else (results,)
+    for index, result in enumerate(results):
+        print(index, tuple(result.shape) if isinstance(result, torch.Tensor) else result)
+    losses = [r.double().sum() for r in results if isinstance(r, torch.Tensor) and r.requires_grad]
+    if losses:
+        sum(losses).backward()
+        print("backward ran")
+'''
+
+
+def to_source(gm: fx.GraphModule, title: str, epilogue: str = "") -> str:
+    """`gm`, whose nodes carry fake values, as a runnable Python file."""
+    classes: list[str] = []
+    root = _class_source(gm, "Graph", classes)
+    inputs = [f"        {_input_source(value_of(node))},  # {node.name}" for node in gm.graph.nodes if node.op == "placeholder"]
+    return _HEADER.format(title=title) + "\n\n".join(classes) + _FOOTER.format(inputs="\n".join(inputs), root=root) + epilogue
+
+
+def write(gm: fx.GraphModule, path: Path, title: str, epilogue: str = "") -> Path:
+    """Write `to_source` to `path`, making its directory. Returns `path`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(to_source(gm, title, epilogue))
+    return path
+
+
+def _class_source(gm: fx.GraphModule, name: str, classes: list[str]) -> str:
+    made = []
+    for target in dict.fromkeys(str(node.target) for node in gm.graph.nodes if node.op in ("get_attr", "call_module")):
+        value = operator.attrgetter(target)(gm)
+        made.append(f"        self.{target} = {_attribute_source(value, f'{name}_{target}', classes)}")
+    body = "\n".join(_annotated(gm))
+    setup = "    def __init__(self):\n        super().__init__()\n" + "\n".join(made) + "\n\n"
+    classes.append(f"class {name}(torch.nn.Module):\n{setup}{body}\n")
+    return name
+
+
+def _attribute_source(value: Any, name: str, classes: list[str]) -> str:
+    if isinstance(value, fx.GraphModule):
+        return f"{_class_source(value, name, classes)}()"
+    if isinstance(value, torch.Tensor):
+        if value.numel() <= 64 and not _is_fake(value):
+            return f"torch.tensor({value.tolist()!r}, dtype={value.dtype})"
+        return f"torch.zeros({tuple(value.shape)!r}, dtype={value.dtype})  # the values were not kept"
+    return f"{type(value).__module__}.{type(value).__qualname__}()  # a module that fxopt did not enter"
+
+
+def _is_fake(value: torch.Tensor) -> bool:
+    from fxopt.compat import FakeTensor
+
+    return isinstance(value, FakeTensor)
+
+
+def _annotated(gm: fx.GraphModule) -> Iterator[str]:
+    """fx's code for `gm`, with a comment wherever the source line or the rule changes, and each value's type."""
+    nodes = {node.name: node for node in gm.graph.nodes}
+    last: tuple[str, str] | None = None
+    for line in gm.graph.python_code("self").src.splitlines():
+        match = re.match(r"\s+(\w+)(?: : [^=]+)? = ", line)
+        node = nodes.get(match.group(1)) if match else None
+        if node is not None and node.op not in ("placeholder", "get_attr"):
+            where = _comment(node)
+            if where != last:
+                yield f"        # {' '.join(part for part in where if part)}"
+                last = where
+            line = f"{line.split(';')[0]}  # {_type_text(value_of(node))}"
+        yield f"    {line}"
+
+
+def _comment(node: fx.Node) -> tuple[str, str]:
+    place = Place.of(node)
+    rule = f"[made by rule {node.meta['rule']}]" if "rule" in node.meta else ""
+    return f"{place}: {place.code}" if place.source else "", rule
+
+
+def _type_text(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
+    return type(value).__name__
+
+
+def _input_source(value: Any) -> str:
+    """An expression that draws an input like `value`; symbolic sizes become the sizes they were traced with."""
+    if not isinstance(value, torch.Tensor):
+        return repr(_number(value))
+    shape, stride = [_number(size) for size in value.shape], [_number(step) for step in value.stride()]
+    storage = 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True)) if all(shape) else 0
+    drawn = f"torch.randn({storage}).to({value.dtype})" if value.dtype.is_floating_point else f"torch.randint(0, 2, ({storage},)).to({value.dtype})"
+    grad = ".requires_grad_()" if value.requires_grad and value.is_leaf else ""
+    return f"{drawn}.as_strided({tuple(shape)}, {tuple(stride)}).clone(memory_format=torch.preserve_format){grad}"
+
+
+def _number(size: Any) -> Any:
+    """A plain number for a possibly symbolic size: its hint, which installs no guard."""
+    node = getattr(size, "node", None)
+    return size if node is None else node.hint

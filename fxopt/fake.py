@@ -1,0 +1,67 @@
+"""Fake values of a graph's nodes: shapes, dtypes, strides, aliasing and requires_grad without data."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxopt import compat
+
+
+def value_of(node: Any) -> Any:
+    """The fake value of `node` (its own in a canonical graph, Dynamo's in a Dynamo graph); constants are themselves."""
+    if not isinstance(node, fx.Node):
+        return node
+    value = node.meta.get("val")
+    return node.meta.get("example_value") if value is None else value
+
+
+@contextlib.contextmanager
+def ambient_state() -> Iterator[None]:
+    """Restore grad mode and autocast on leaving, whatever switches the graph holds."""
+    grad = torch.is_grad_enabled()
+    try:
+        with torch.autocast("cpu", dtype=torch.get_autocast_dtype("cpu"), enabled=torch.is_autocast_enabled("cpu")):
+            yield
+    finally:
+        torch.set_grad_enabled(grad)
+
+
+def propagate(gm: fx.GraphModule) -> None:
+    """Give every node of `gm` a fresh ``meta["val"]``, with true aliasing, and what is ambient there.
+
+    ``meta["grad"]`` is the grad mode, ``meta["autocast"]`` the autocast dtype of the value's device or None.
+
+
+    Values copied from a memo share storages with the nodes they were traced for; only running the graph says which
+    nodes alias. Higher-order operators are not entered: their recorded value stands.
+    """
+    inputs = [value_of(node) for node in gm.graph.nodes if node.op == "placeholder"]
+    mode = compat.fake_mode_of([*inputs, *(value_of(node) for node in gm.graph.nodes)])
+    with ambient_state(), mode or contextlib.nullcontext(), compat.ignoring_fresh_symbols(mode):
+        _Propagator(gm, garbage_collect_values=False).run(*inputs)
+
+
+class _Propagator(fx.Interpreter):
+    def run_node(self, n: fx.Node) -> Any:
+        value = value_of(n) if self.is_opaque(n) else super().run_node(n)
+        if n.op != "output":
+            n.meta["val"], n.meta["grad"], n.meta["autocast"] = value, torch.is_grad_enabled(), _autocast_dtype(value)
+        return value
+
+    def is_opaque(self, node: fx.Node) -> bool:
+        """Nodes whose recorded value is used: running them would enter a body, or invent fresh symbols."""
+        if node.op == "get_attr":
+            return isinstance(value_of(node), torch.Tensor)
+        recorded = value_of(node)
+        return node.op == "call_module" or (isinstance(node.target, compat.HigherOrderOperator) and recorded is not None)
+
+
+def _autocast_dtype(value: Any) -> torch.dtype | None:
+    device = value.device.type if isinstance(value, torch.Tensor) else "cpu"
+    known = device in ("cpu", "cuda", "xpu", "mps")
+    return torch.get_autocast_dtype(device) if known and torch.is_autocast_enabled(device) else None

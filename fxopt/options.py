@@ -1,0 +1,134 @@
+"""The options of ``torch.compile(..., backend="fxopt", options={...})``: parsed once, at the edge."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from fxopt import compat
+from fxopt.rule import Rule
+
+Logits = Literal["deferred", "eager"]
+
+
+class OptionError(compat.PassesThroughDynamo, ValueError):
+    """An option the user gave cannot be honoured; the message names the value and the way out."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Every choice a user can make; part of every cache key.
+
+    logits:   "deferred" returns logits that are computed when first read (training steps that never read them
+              never hold them); "eager" computes them in the graph, and then their loss is not fused.
+    rules:    changes to the rule set: "-name" removes a rule, a `Rule` object adds one (after the built-in ones).
+              A plain "name" asks for that built-in rule, which is on already, and is only checked for spelling.
+    force:    rule names whose *cost* objections are ignored ("Inductor does this as well"); objections of
+              correctness never are.
+    verify:   also compare every rewritten graph with the original in fp64, on the first inputs.
+    dump:     directory for one runnable Python file a stage; ``FXOPT_DUMP`` sets the default.
+    inductor: ``torch._inductor.config`` entries for this compilation, as ``torch.compile`` takes them.
+    """
+
+    logits: Logits = "deferred"
+    rules: tuple[Any, ...] = ()
+    force: tuple[str, ...] = ()
+    verify: bool = False
+    dump: Path | None = None
+    inductor: tuple[tuple[str, Any], ...] = ()
+
+    @classmethod
+    def parse(cls, given: Mapping[str, Any] | Options | None) -> Options:
+        """Return `given` as `Options`. Raises `OptionError` for an unknown key or a bad value."""
+        if isinstance(given, Options):
+            return given
+        values = dict(given or {})
+        names = [field.name for field in dataclasses.fields(cls)]
+        for key in values:
+            if key not in names:
+                raise OptionError(f"fxopt has no option {key!r}{_nearest(key, names)}. Options: {', '.join(names)}.")
+        if "dump" not in values and os.environ.get("FXOPT_DUMP"):
+            values["dump"] = os.environ["FXOPT_DUMP"]
+        parsed = cls(**{key: _PARSERS[key](values[key]) for key in names if key in values})
+        known = [rule.name for rule in parsed.active_rules()]
+        for name in parsed.force:
+            if name not in known:
+                raise OptionError(f"option force: no rule {name!r}{_nearest(str(name), known)}. Rules: {', '.join(known)}.")
+        return parsed
+
+    def active_rules(self) -> list[Rule]:
+        """The rules these options leave in force, in the order they run."""
+        from fxopt.passes import RULES
+
+        removed = {item.removeprefix("-") for item in self.rules if isinstance(item, str) and item.startswith("-")}
+        added = [item for item in self.rules if not isinstance(item, str)]
+        return [rule for rule in (*RULES, *added) if rule.name not in removed]
+
+
+def _nearest(key: str, names: list[str]) -> str:
+    close = difflib.get_close_matches(str(key), names, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def _logits(value: Any) -> Logits:
+    choices = list(get_args(Logits))
+    if value not in choices:
+        raise OptionError(f"option logits={value!r}{_nearest(value, choices)} is not one of {choices}.")
+    return value  # type: ignore[no-any-return]
+
+
+def _bool(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise OptionError(f"option verify={value!r} must be True or False.")
+    return value
+
+
+def _sequence(name: str, value: Any) -> tuple[Any, ...]:
+    if isinstance(value, str) or not isinstance(value, list | tuple | set | frozenset):
+        raise OptionError(f"option {name}={value!r} must be a list, for example {name}=[{value!r}].")
+    return tuple(value)
+
+
+def _rules(value: Any) -> tuple[Any, ...]:
+    from fxopt.passes import RULES
+
+    known = [rule.name for rule in RULES]
+    for item in _sequence("rules", value):
+        if isinstance(item, str):
+            if item.removeprefix("-") not in known:
+                raise OptionError(f"option rules: no rule {item!r}{_nearest(item.removeprefix('-'), known)}. Rules: {', '.join(known)}.")
+        elif not isinstance(item, Rule):
+            raise OptionError(f"option rules: {item!r} is neither a rule name nor an fxopt.Rule.")
+    return tuple(value)
+
+
+def _force(value: Any) -> tuple[str, ...]:
+    return _sequence("force", value)
+
+
+def _dump(value: Any) -> Path | None:
+    if value is None:
+        return None
+    if not isinstance(value, str | os.PathLike):
+        raise OptionError(f"option dump={value!r} must be a directory path.")
+    path = Path(value).expanduser()
+    if path.exists() and not path.is_dir():
+        raise OptionError(f"option dump={str(path)!r} exists and is not a directory.")
+    return path
+
+
+def _inductor(value: Any) -> tuple[tuple[str, Any], ...]:
+    if not isinstance(value, Mapping):
+        raise OptionError(f"option inductor={value!r} must be a dict of torch._inductor.config entries.")
+    known = compat.inductor_option_names()
+    for key in value:
+        if key.replace("-", "_") not in known:
+            raise OptionError(f"option inductor: torch._inductor.config has no {key!r}{_nearest(key, known)}.")
+    return tuple(value.items())
+
+
+_PARSERS = {"logits": _logits, "rules": _rules, "force": _force, "verify": _bool, "dump": _dump, "inductor": _inductor}

@@ -1,0 +1,221 @@
+"""What lies between a linear layer and a value computed from its rows: the way from `hidden` to logits to loss.
+
+Logits are projected, then scaled, capped and cast (pointwise steps), sliced, reshaped and transposed (moves). Both
+kinds commute with choosing rows, so a loss, or somebody who looks at three rows, needs no other row's logits.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fxopt.fake import value_of
+from fxopt.rule import NoSite
+
+aten = torch.ops.aten
+
+LINEARS = frozenset({aten.linear.default, aten.matmul.default, aten.mm.default, aten.addmm.default})
+POINTWISE = frozenset({aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar, aten.tanh.default, aten.to.dtype, aten.neg.default})
+MOVES = frozenset({
+    aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.flatten.using_ints, aten.unflatten.int,
+    aten.slice.Tensor, aten.select.int, aten.unsqueeze.default, aten.squeeze.dim, aten.contiguous.default,
+    aten.clone.default, aten.transpose.int, aten.permute.default, aten.alias.default,
+})
+_RESHAPES = frozenset({aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.flatten.using_ints, aten.unflatten.int})
+_COPIES = frozenset({aten.contiguous.default, aten.clone.default, aten.alias.default})
+
+
+@dataclasses.dataclass(frozen=True)
+class Projection:
+    """How a node is computed from a linear layer.
+
+    linear:  the linear node.
+    hidden:  [..., H], the layer's input.
+    weight:  [V, H], or [H, V] when `transposed`.
+    bias:    [V], or None.
+    steps:   the pointwise and moving nodes from the linear node (excluded) to the value (included), in order.
+    """
+
+    linear: fx.Node
+    hidden: fx.Node
+    weight: fx.Node
+    bias: fx.Node | None
+    transposed: bool
+    steps: tuple[fx.Node, ...]
+
+    @property
+    def nodes(self) -> tuple[fx.Node, ...]:
+        """The linear node and every step."""
+        return (self.linear, *self.steps)
+
+    @property
+    def pointwise(self) -> list[fx.Node]:
+        """The steps that change values, not places."""
+        return [step for step in self.steps if step.target in POINTWISE]
+
+    @property
+    def vocabulary(self) -> Any:
+        """V, the number of logits a row; may be symbolic."""
+        return value_of(self.weight).shape[1 if self.transposed else 0]
+
+    def moves(self) -> tuple[Move, ...]:
+        """The steps that only choose or rearrange rows, to be replayed on `hidden`.
+
+        Raises `NoSite` where a step touches the vocabulary axis or has sizes known only at run time.
+        """
+        return tuple(Move.of(step) for step in self.steps if step.target in MOVES and step.target not in _COPIES)
+
+
+def projection_of(node: fx.Node) -> Projection:
+    """Walk back from `node` to the linear layer it is computed from. Raises `NoSite`, naming what stands in the way."""
+    steps: list[fx.Node] = []
+    bias = None
+    while node.target not in LINEARS or node.op != "call_function":
+        if bias is not None:
+            raise NoSite(f"{node.name} ({node.target}) stands between the projection and its bias", len(steps))
+        addition = _bias_addition(node)
+        if addition is not None:
+            node, bias = addition
+            continue
+        if node.op != "call_function" or node.target not in POINTWISE | MOVES:
+            what = "a graph input" if node.op == "placeholder" else f"{node.name} ({node.target})"
+            raise NoSite(f"the logits come from {what}, not from a linear layer", len(steps))
+        if len(node.all_input_nodes) != 1 or node.args[0] is not node.all_input_nodes[0]:
+            raise NoSite(f"{node.name} ({node.target}) combines the logits with another value", len(steps))
+        steps.append(node)
+        node = node.args[0]
+    return _at_linear(node, bias, tuple(reversed(steps)))
+
+
+def _bias_addition(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+    """``x @ W + b`` with b of shape [V]: the node of the matmul and b."""
+    if node.target is not aten.add.Tensor or node.kwargs or len(node.all_input_nodes) != 2:
+        return None
+    one, other = node.args
+    if value_of(one).dim() < value_of(other).dim():
+        one, other = other, one
+    fits = value_of(other).dim() == 1 and str(value_of(other).shape[0]) == str(value_of(one).shape[-1])
+    return (one, other) if fits and isinstance(one, fx.Node) and isinstance(other, fx.Node) else None
+
+
+def _at_linear(linear: fx.Node, bias: fx.Node | None, steps: tuple[fx.Node, ...]) -> Projection:
+    args: list[Any] = list(linear.args)
+    transposed = linear.target is not aten.linear.default
+    if linear.target is aten.addmm.default:
+        if linear.kwargs or value_of(args[0]).dim() != 1:
+            raise NoSite(f"{linear.name} is an addmm that is not a linear layer", len(steps))
+        own, hidden, weight = args
+    else:
+        hidden, weight = args[:2]
+        own = args[2] if len(args) > 2 else linear.kwargs.get("bias")
+    if own is not None and bias is not None:
+        raise NoSite(f"{linear.name} has a bias and another is added to it", len(steps))
+    if value_of(weight).dim() != 2 or value_of(hidden).dim() < 2:
+        raise NoSite(f"{linear.name} ({linear.target}) multiplies {_shape(hidden)} by {_shape(weight)}, no linear layer", len(steps))
+    if transposed:
+        weight, transposed = _untransposed(weight)
+    return Projection(linear, hidden, weight, own if own is not None else bias, transposed, steps)
+
+
+def _untransposed(weight: fx.Node) -> tuple[fx.Node, bool]:
+    """The [V, H] weight behind ``W.t()``, or the [H, V] operand itself."""
+    is_transpose = weight.target in (aten.t.default, aten.numpy_T.default, aten.mT.default) or (
+        weight.target is aten.transpose.int and {dim % 2 for dim in weight.args[1:]} == {0, 1}  # type: ignore[operator]
+    ) or (weight.target is aten.permute.default and [dim % 2 for dim in weight.args[1]] == [1, 0])  # type: ignore[union-attr,operator]
+    if is_transpose and isinstance(weight.args[0], fx.Node):
+        return weight.args[0], False
+    return weight, True
+
+
+def _shape(node: Any) -> str:
+    return str(list(value_of(node).shape))
+
+
+@dataclasses.dataclass(frozen=True)
+class Move:
+    """A step that rearranges rows: applied to [..., V] in the graph, and by us to [..., H].
+
+    kind: "slice", "select", "permute" (of all axes, the vocabulary's last) or "reshape".
+    args: what the kind needs; a reshape has its leading sizes, or None where only the order of rows is known.
+    """
+
+    kind: str
+    args: tuple[Any, ...]
+
+    @classmethod
+    def of(cls, step: fx.Node) -> Move:
+        """The move that `step` makes. Raises `NoSite`."""
+        source, result = value_of(step.args[0]), value_of(step)
+        rank = source.dim()
+        if step.target in _RESHAPES or step.target in (aten.unsqueeze.default, aten.squeeze.dim):
+            if str(source.shape[-1]) != str(result.shape[-1]) or result.dim() == 0:
+                raise NoSite(f"{step.name} ({step.target}) reshapes the vocabulary axis: {_shape(step.args[0])} to {_shape(step)}")
+            sizes = tuple(result.shape[:-1])
+            return cls("reshape", sizes if all(type(size) is int for size in sizes) else (None,))
+        if step.target is aten.slice.Tensor or step.target is aten.select.int:
+            dim, *rest = [*step.args[1:], *([None, None] if step.target is aten.slice.Tensor else [])]
+            if dim % rank == rank - 1:  # type: ignore[operator]
+                raise NoSite(f"{step.name} ({step.target}) slices the vocabulary axis")
+            if any(isinstance(item, fx.Node) for item in rest):
+                raise NoSite(f"{step.name} ({step.target}) has bounds known only at run time")
+            return cls("slice" if step.target is aten.slice.Tensor else "select", (dim, *rest))
+        if step.target is aten.transpose.int:
+            order = list(range(rank))
+            one, other = (dim % rank for dim in step.args[1:])  # type: ignore[operator]
+            order[one], order[other] = order[other], order[one]
+        else:
+            order = [dim % rank for dim in step.args[1]]  # type: ignore[operator,union-attr]
+        return cls("permute", tuple(order))
+
+
+def moved_rows(hidden: Tensor, moves: tuple[Move, ...]) -> Tensor:
+    """Apply `moves`, which `check_moves` accepted, to `hidden` [..., H]: the rows in the order of the moved logits.
+
+    H stays the last axis, also where a permutation takes the vocabulary elsewhere.
+    """
+    for move in moves:
+        last = hidden.dim() - 1
+        if move.kind == "reshape":
+            sizes = (-1,) if move.args == (None,) else move.args
+            hidden = hidden.reshape(*sizes, hidden.shape[-1])
+        elif move.kind == "permute":
+            hidden = hidden.permute(*(dim for dim in move.args if dim != last), last)
+        else:
+            apply = aten.slice.Tensor if move.kind == "slice" else aten.select.int
+            hidden = apply(hidden, *_without_trailing_none(move.args))
+    return hidden
+
+
+def _without_trailing_none(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    kept = list(args)
+    while kept and kept[-1] is None:
+        kept.pop()
+    return tuple(kept)
+
+
+def check_moves(moves: tuple[Move, ...], rank: int, classes_at: int) -> None:
+    """Check that every move after which others follow keeps the vocabulary last, and that it ends at `classes_at`.
+
+    rank: of the linear layer's result. Raises `NoSite`.
+    """
+    vocabulary = rank - 1
+    for index, move in enumerate(moves):
+        if move.kind == "permute":
+            if vocabulary != rank - 1:
+                raise NoSite("the logits are transposed twice on the way to the loss")
+            vocabulary = move.args.index(vocabulary)
+            continue
+        if vocabulary != rank - 1:
+            raise NoSite("the logits are moved again after the vocabulary axis was transposed away from the end")
+        if move.kind == "reshape":
+            if move.args == (None,) and any(later.kind != "reshape" for later in moves[index + 1 :]):
+                raise NoSite("the logits are sliced after a reshape whose sizes are known only at run time")
+            rank = 2 if move.args == (None,) else len(move.args) + 1
+            vocabulary = rank - 1
+        elif move.kind == "select":
+            rank, vocabulary = rank - 1, vocabulary - 1
+    if vocabulary != classes_at % rank:
+        raise NoSite(f"the loss takes its classes along axis {classes_at}, the vocabulary is axis {vocabulary}")

@@ -1,0 +1,171 @@
+"""The report of one compilation: every decision, every refusal, as text and as JSON."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from fxopt.rule import Place, Refusal, Rewrite
+
+
+@dataclasses.dataclass
+class GraphReport:
+    """What fxopt did to one graph.
+
+    name:     "graph 0" in order of compilation.
+    rewrites, refusals: the sites, in graph order a rule.
+    deferred: the outputs that left the graph, by name.
+    notes:    what a reader should know besides: nodes not lowered, stages that fell back.
+    timings:  stage -> seconds; "compile" is Inductor's part.
+    nodes:    stage -> number of nodes after it.
+    files:    what `options={"dump": dir}` wrote.
+    """
+
+    name: str
+    rewrites: list[Rewrite] = dataclasses.field(default_factory=list)
+    refusals: list[Refusal] = dataclasses.field(default_factory=list)
+    deferred: list[str] = dataclasses.field(default_factory=list)
+    notes: list[str] = dataclasses.field(default_factory=list)
+    timings: dict[str, float] = dataclasses.field(default_factory=dict)
+    nodes: dict[str, int] = dataclasses.field(default_factory=dict)
+    files: list[Path] = dataclasses.field(default_factory=list)
+
+
+@dataclasses.dataclass
+class Report:
+    """What fxopt did to a model: one `GraphReport` a graph, and their sums.
+
+    `print(report)` leads with the verdict; `report.to_json()` holds everything.
+    """
+
+    graphs: list[GraphReport] = dataclasses.field(default_factory=list)
+
+    @property
+    def rewrites(self) -> list[Rewrite]:
+        """Every site that was rewritten."""
+        return [item for graph in self.graphs for item in graph.rewrites]
+
+    @property
+    def refusals(self) -> list[Refusal]:
+        """Every site that was left alone, with the reasons."""
+        return [item for graph in self.graphs for item in graph.refusals]
+
+    @property
+    def deferred(self) -> list[str]:
+        """The outputs computed only when somebody looks."""
+        return [item for graph in self.graphs for item in graph.deferred]
+
+    @property
+    def notes(self) -> list[str]:
+        """What a reader should know besides."""
+        return [item for graph in self.graphs for item in graph.notes]
+
+    @property
+    def timings(self) -> dict[str, float]:
+        """Seconds a stage, over all graphs."""
+        total: dict[str, float] = collections.defaultdict(float)
+        for graph in self.graphs:
+            for stage, seconds in graph.timings.items():
+                total[stage] += seconds
+        return dict(total)
+
+    @property
+    def verdict(self) -> str:
+        """One line: what was rewritten, what was refused, what is deferred."""
+        done = _counted(item.rule for item in self.rewrites)
+        left = _counted(item.rule for item in self.refusals)
+        parts = [f"rewrote {done}" if done else "rewrote nothing", f"left alone {left}" if left else ""]
+        parts.append(f"{len(self.deferred)} output{'s' * (len(self.deferred) != 1)} deferred" if self.deferred else "")
+        graphs = f"{len(self.graphs)} graph{'s' * (len(self.graphs) != 1)}"
+        return f"fxopt: {graphs}, " + "; ".join(part for part in parts if part)
+
+    def to_json(self) -> str:
+        """Everything in the report, as JSON."""
+        return json.dumps(dataclasses.asdict(self) | {"verdict": self.verdict}, default=str, indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> Report:
+        """The report that `to_json` wrote."""
+        return cls([_graph_from(item) for item in json.loads(text)["graphs"]])
+
+    def __str__(self) -> str:
+        console = Console(file=io.StringIO(), width=150, color_system=None, force_terminal=False)
+        console.print(self)
+        return console.file.getvalue().rstrip()  # type: ignore[attr-defined, no-any-return]
+
+    def __rich_console__(self, console: Any, options: Any) -> Any:
+        yield Text(self.verdict, style="bold")
+        for graph in self.graphs:
+            yield Text("")
+            if len(self.graphs) > 1:
+                yield Text(f"{graph.name}: {len(graph.rewrites)} rewritten, {len(graph.refusals)} left alone", style="bold")
+            yield from _tables(graph)
+
+
+def _tables(graph: GraphReport) -> Any:
+    if graph.rewrites:
+        table = Table("rule", "where", "what", title="rewritten", title_justify="left", box=None, pad_edge=False)
+        for done in graph.rewrites:
+            table.add_row(done.rule, str(done.place), f"{done.nodes} nodes: {done.detail}")
+        yield table
+    if graph.refusals:
+        table = Table("rule", "where", "why", title="left alone", title_justify="left", box=None, pad_edge=False)
+        for reasons, group in _grouped(graph.refusals).items():
+            for refusal in group:
+                table.add_row(refusal.rule, str(refusal.place), reasons if refusal is group[0] else "as above")
+        yield table
+    for name in graph.deferred:
+        yield Text(f"deferred: {name} is computed when it is first read")
+    for note in graph.notes:
+        yield Text(f"note: {note}")
+    if graph.timings:
+        yield Text("time: " + ", ".join(f"{stage} {seconds:.2f} s" for stage, seconds in graph.timings.items()))
+    for file in graph.files:
+        yield Text(f"wrote {file}")
+
+
+def _grouped(refusals: list[Refusal]) -> dict[str, list[Refusal]]:
+    groups: dict[str, list[Refusal]] = collections.defaultdict(list)
+    for refusal in refusals:
+        groups["; ".join(refusal.reasons)].append(refusal)
+    return groups
+
+
+def _counted(names: Any) -> str:
+    counts = collections.Counter(names)
+    return ", ".join(f"{count} {name}" for name, count in counts.items())
+
+
+def _graph_from(data: dict[str, Any]) -> GraphReport:
+    rewrites = [Rewrite(**item | {"place": Place(**item["place"]), "made": tuple(item["made"])}) for item in data["rewrites"]]
+    refusals = [Refusal(**item | {"place": Place(**item["place"]), "reasons": tuple(item["reasons"])}) for item in data["refusals"]]
+    files = [Path(item) for item in data["files"]]
+    return GraphReport(**data | {"rewrites": rewrites, "refusals": refusals, "files": files})
+
+
+_REPORTS: list[Report] = []
+"""Reports of this process: torch.compile gives a backend no handle through which to return one."""
+
+
+def reports() -> list[Report]:
+    """The reports of every graph compiled in this process, oldest first."""
+    return list(_REPORTS)
+
+
+def clear_reports() -> None:
+    """Forget the reports of this process."""
+    _REPORTS.clear()
+
+
+def record(report: Report) -> None:
+    """Add `report` to those of this process, keeping the newest 1,000."""
+    _REPORTS.append(report)
+    del _REPORTS[:-1000]

@@ -1,0 +1,214 @@
+"""Rules: what users write, what we put in its place, every reason not to, and how to draw inputs for it.
+
+There are two ways to find sites and one result type. A `Pattern` is a few plain PyTorch functions, for what has few
+spellings (norms). A `Region` grows from an anchor node, for what has many (losses, attention).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Protocol
+
+import torch
+from torch import fx
+
+from fxopt.fake import value_of
+
+
+class Draw(Protocol):
+    """Where a rule's test inputs come from: hypothesis in tests, a seeded generator in benchmarks."""
+
+    def size(self, low: int, high: int) -> int:
+        """An integer in [low, high]."""
+        ...
+
+    def choice(self, *options: Any) -> Any:
+        """One of `options`."""
+        ...
+
+    def tensor(self, *shape: int, dtype: torch.dtype, requires_grad: bool = True) -> torch.Tensor:
+        """A tensor of normal values; its layout may be non-contiguous."""
+        ...
+
+    def integers(self, low: int, high: int, *shape: int) -> torch.Tensor:
+        """An int64 tensor of values in [low, high)."""
+        ...
+
+
+class Cost(str):
+    """An objection of cost, not of correctness: ``options={"force": [rule]}`` overrides it."""
+
+
+@dataclasses.dataclass
+class Site:
+    """A place in a canonical graph where a rule applies.
+
+    rule:     the rule's name.
+    outputs:  the nodes whose values the replacement gives, in the order it returns them.
+    nodes:    every node the replacement does away with, outputs included, in graph order.
+    inputs:   what the replacement is called with: nodes, or constants of the graph.
+    deferrable: interior nodes that only graph outputs read, which may be computed when somebody looks.
+    detail:   a few words for the report.
+    """
+
+    rule: str
+    outputs: tuple[fx.Node, ...]
+    nodes: tuple[fx.Node, ...]
+    inputs: dict[str, Any]
+    deferrable: tuple[fx.Node, ...] = ()
+    detail: str = ""
+
+    @property
+    def anchor(self) -> fx.Node:
+        """The node by which the report names the site."""
+        return self.outputs[0]
+
+    @property
+    def input_nodes(self) -> list[fx.Node]:
+        """The inputs that are nodes."""
+        return [item for item in self.inputs.values() if isinstance(item, fx.Node)]
+
+    def renamed(self, moved: dict[fx.Node, fx.Node]) -> Site:
+        """This site after earlier replacements: inputs among `moved` are read from the node in their place."""
+        inputs = {name: moved.get(item, item) if isinstance(item, fx.Node) else item for name, item in self.inputs.items()}
+        return dataclasses.replace(self, inputs=inputs)
+
+    def value(self, name: str) -> Any:
+        """The fake value of input `name`, or the constant itself."""
+        return value_of(self.inputs[name])
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where in the user's code a node comes from: source line, code and module path; empty when unknown."""
+
+    source: str = ""
+    code: str = ""
+    module: str = ""
+
+    @classmethod
+    def of(cls, node: fx.Node) -> Place:
+        """The innermost frame and module recorded for `node`."""
+        frames = re.findall(r'File "([^"]+)", line (\d+)[^\n]*\n\s*([^\n]*)', node.meta.get("stack_trace") or "")
+        path, line, code = frames[-1] if frames else ("", "", "")
+        return cls(f"{path}:{line}" if path else "", code.strip(), _module_path(node))
+
+    def __str__(self) -> str:
+        name = self.source.rsplit("/", 1)[-1]
+        return " ".join(part for part in (name, f"({self.module})" if self.module else "") if part) or "unknown source"
+
+
+def _module_path(node: fx.Node) -> str:
+    """``model.layers.0.input_layernorm`` from what Dynamo records of the module stack."""
+    stack = node.meta.get("nn_module_stack") or {}
+    path = str(list(stack.values())[-1][0]) if stack else ""
+    path = re.sub(r"\[['\"]?([^\]'\"]+)['\"]?\]", r".\1", path).replace("_modules.", "")
+    return re.sub(r"^(L\.)?(self|fn)?\.?", "", path).replace("._orig_mod", "")
+
+
+@dataclasses.dataclass(frozen=True)
+class Rewrite:
+    """A site that was rewritten. `nodes` is how many nodes it replaced; `made` names those it put there."""
+
+    rule: str
+    node: str
+    place: Place
+    nodes: int
+    detail: str = ""
+    made: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Refusal:
+    """A site that was left alone: the sentences why, and how many nodes had agreed by then.
+
+    cost: True when nothing but cost speaks against it, so that ``options={"force": [rule]}`` rewrites it.
+    """
+
+    rule: str
+    node: str
+    place: Place
+    reasons: tuple[str, ...]
+    agreed: int = 0
+    cost: bool = False
+
+
+class NoSite(Exception):
+    """Raised while growing a region: the sentence why this anchor is no site, and how many nodes had agreed."""
+
+    def __init__(self, reason: str, agreed: int = 0):
+        super().__init__(reason)
+        self.agreed = agreed
+
+
+def no_objections(site: Site) -> Iterator[str]:
+    """The objections of a rule that has none."""
+    return iter(())
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rule:
+    """What every rule has. Use `Pattern` or `Region`.
+
+    name:        how options, reports and errors call it.
+    spellings:   plain PyTorch functions of the arguments that `inputs` draws: what users write. The laws of
+                 `fxopt.testing` run over each of them.
+    replacement: called with a site's inputs by name, traced, and put in the graph.
+    objections:  yields every reason to leave a site alone; `Cost` for reasons that are no matter of correctness.
+                 No objections means rewrite.
+    inputs:      draws arguments, by name, that the rule must accept.
+    version:     part of cache keys; raise it when the rule changes.
+    """
+
+    name: str
+    replacement: Callable[..., Any]
+    spellings: tuple[Callable[..., Any], ...]
+    inputs: Callable[[Draw], dict[str, Any]]
+    objections: Callable[[Site], Iterable[str]] = no_objections
+    version: int = 1
+
+    def find(self, gm: fx.GraphModule) -> Iterator[Site | Refusal]:
+        """Every candidate of this rule in `gm`, in graph order."""
+        raise TypeError(f"rule {self.name!r} is neither a Pattern nor a Region")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Pattern(Rule):
+    """A rule found by matching its spellings, which are canonicalised by the same function as the graph.
+
+    Arguments of a spelling are holes: a tensor argument binds a node, any other argument binds the constant (or
+    scalar node) found in its place. `extend` may widen a match (a norm takes in the residual add before it).
+    """
+
+    extend: Callable[[Site], Site] = dataclasses.field(default=lambda site: site)
+
+    def find(self, gm: fx.GraphModule) -> Iterator[Site | Refusal]:
+        """See `Rule.find`."""
+        from fxopt.match import find_pattern
+
+        return find_pattern(self, gm)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Region(Rule):
+    """A rule found by growing from each node whose target is in `anchors`.
+
+    grow: from an anchor to a site; raises `NoSite` with the sentence why not, or returns None where the anchor is
+          plainly something else, which no report need mention.
+    """
+
+    anchors: frozenset[Any]
+    grow: Callable[[fx.Node], Site | None]
+
+    def find(self, gm: fx.GraphModule) -> Iterator[Site | Refusal]:
+        """See `Rule.find`."""
+        for node in list(gm.graph.nodes):
+            if node.op == "call_function" and node.target in self.anchors:
+                try:
+                    site = self.grow(node)
+                    if site is not None:
+                        yield site
+                except NoSite as no:
+                    yield Refusal(self.name, node.name, Place.of(node), (str(no),), no.agreed)

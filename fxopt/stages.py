@@ -1,0 +1,84 @@
+"""The callback between stages: timing, dumping, and the fallback when a stage fails."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+from torch import fx
+
+from fxopt import compat, dump
+from fxopt.fallback import warn_once
+from fxopt.options import Options
+from fxopt.report import GraphReport, Report, reports
+
+T = TypeVar("T")
+
+
+class Stages:
+    """One graph's way through the pipeline: runs stages, and holds the report they fill in."""
+
+    def __init__(self, gm: fx.GraphModule, options: Options):
+        self.gm, self.options = gm, options
+        self.report = GraphReport(f"graph {sum(len(found.graphs) for found in reports())}")
+        self.dump("dynamo", gm)
+
+    def run(self, name: str, work: Callable[[], T], otherwise: T) -> T:
+        """Run stage `name`; if it fails, warn once and go on with `otherwise`."""
+        with self.timed(name):
+            result = self.guarded(f"stage {name}", work, otherwise)
+        graph = result[0] if isinstance(result, tuple) else result
+        if isinstance(graph, fx.GraphModule):
+            self.report.nodes[name] = len(graph.graph.nodes)
+            self.dump(name, graph)
+        return result
+
+    def guarded(self, part: str, work: Callable[[], T], otherwise: T) -> T:
+        """`work()`, or `otherwise` with a warning if it raises. Dynamo's own control flow passes through."""
+        try:
+            return work()
+        except compat.DYNAMO_CONTROL:
+            raise
+        except Exception as error:
+            note = warn_once(part, "it was left out for this graph", error, self.gm, self.given_options())
+            self.report.notes.append(note)
+            return otherwise
+
+    @contextlib.contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Add the seconds spent inside to stage `name`; a stage inside another counts once, as itself."""
+        before, inner = time.perf_counter(), sum(self.report.timings.values())
+        try:
+            yield
+        finally:
+            nested = sum(self.report.timings.values()) - inner
+            self.report.timings[name] = self.report.timings.get(name, 0.0) + time.perf_counter() - before - nested
+
+    def dump(self, name: str, graph: fx.GraphModule) -> None:
+        """Write `graph` as it is after stage `name`, if the user asked for it."""
+        if self.options.dump is None:
+            return
+        stem = self.report.name.replace(" ", "_")
+        path = self.options.dump / f"{stem}_{len(self.report.files)}_{name}.py"
+        title = f"{self.report.name} after stage {name}"
+        self.guarded("dump", lambda: self.report.files.append(dump.write(graph, path, title)), None)
+
+    def finish(self) -> GraphReport:
+        """Close the report; with a dump directory it is written there too."""
+        if self.options.dump is not None:
+            path = self.options.dump / f"{self.report.name.replace(' ', '_')}_report.json"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(Report([self.report]).to_json())
+            self.report.files.append(path)
+        return self.report
+
+    def given_options(self) -> dict[str, object]:
+        """The options that differ from the defaults, as a user would write them."""
+        default = Options()
+        given = {field.name: getattr(self.options, field.name) for field in dataclasses.fields(Options)}
+        plain = {name: value for name, value in given.items() if value != getattr(default, name) and name != "dump"}
+        return {name: dict(value) if name == "inductor" else list(value) if isinstance(value, tuple) else value
+                for name, value in plain.items()}  # type: ignore[call-overload]

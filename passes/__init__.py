@@ -1,0 +1,9 @@
+"""The rules that ship with fxopt, in the order they run."""
+
+if __name__ != "fxopt.passes":
+    raise ImportError(f"import this package as fxopt.passes, not {__name__}")
+
+from fxopt.passes import linear_cross_entropy
+from fxopt.rule import Rule
+
+RULES: tuple[Rule, ...] = (linear_cross_entropy.RULE,)

@@ -1,0 +1,322 @@
+"""Linear layer + cross-entropy -> one op that never holds the logits.
+
+A region grown backwards from the loss. In all 48 language models looked at, the loss is the largest transient of a
+training step (V / H times the hidden states, in fp32 and several copies), and the logits are read by nobody else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+
+from fxopt.fake import value_of
+from fxopt.ops.linear_cross_entropy import linear_cross_entropy
+from fxopt.projection import MOVES, POINTWISE, Move, Projection, check_moves, moved_rows, projection_of
+from fxopt.rule import Cost, Draw, NoSite, Region, Site
+
+aten = torch.ops.aten
+
+_SQUEEZES = (aten.squeeze.dim, aten.squeeze.default)
+_REDUCTIONS = ("none", "mean", "sum")
+_NO_INDEX_IGNORED = -(2**63)
+"""`gather` ignores no target: this value cannot be one."""
+
+
+def grow(anchor: fx.Node) -> Site | None:
+    """From the loss (or the logsumexp or gather of a hand-written one) back to the linear layer."""
+    loss = _LOSSES[anchor.target](anchor)
+    if loss is None:
+        return None
+    classes_at = -1 if loss.pop("classes_last", False) else 1
+    try:
+        found = projection_of(loss.pop("logits"))
+    except NoSite as no:
+        raise NoSite(str(no), no.agreed + 1) from None
+    moves = found.moves()
+    check_moves(moves, value_of(found.linear).dim(), classes_at)
+    scale, softcap = _scale_and_softcap(found.pointwise)
+    branches = list(_branches_to_output(found, set(loss["nodes"])))
+    nodes = sorted({*found.nodes, *branches, *loss.pop("nodes")}, key=_position(anchor.graph))
+    output = loss.pop("output")
+    compute_dtype = value_of(found.linear).dtype
+    inputs = loss | {
+        "hidden": found.hidden, "weight": found.weight, "transposed": found.transposed, "moves": moves,
+        "scale": scale, "softcap": softcap, "compute_dtype": compute_dtype, "loss_dtype": value_of(output).dtype,
+        "loss_rank": value_of(output).dim(),
+    }
+    if found.bias is not None:
+        inputs["bias"] = found.bias
+    rows, vocabulary = _text(value_of(found.hidden).shape[:-1]), found.vocabulary
+    detail = f"{rows} rows x {vocabulary} classes, {str(compute_dtype).removeprefix('torch.')}"
+    deferrable = [node for node in nodes if any(user.op == "output" for user in node.users) and node is not output]
+    return Site(RULE.name, (output,), tuple(nodes), inputs, tuple(deferrable), detail)
+
+
+def replacement(*, hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None = None, transposed: bool, moves: tuple[Move, ...],
+                scale: float, softcap: float | None, compute_dtype: torch.dtype, loss_dtype: torch.dtype, loss_rank: int,
+                ignore_index: int, label_smoothing: float, reduction: str, negate: bool = False) -> Tensor:
+    """The loss of the moved rows of `hidden`; casts that autocast would have made are made here."""
+    rows = moved_rows(hidden, moves)
+    loss = linear_cross_entropy(
+        rows.reshape(-1, rows.shape[-1]).to(compute_dtype),
+        (weight.t() if transposed else weight).to(compute_dtype),
+        None if bias is None else bias.to(compute_dtype),
+        target.reshape(-1),
+        scale=scale, softcap=softcap, ignore_index=ignore_index, label_smoothing=label_smoothing, reduction=reduction,
+    ).to(loss_dtype)
+    if reduction == "none":
+        loss = loss.reshape(target.shape if target.dim() == loss_rank else target.shape[:-1])
+    return -loss if negate else loss
+
+
+def objections(site: Site) -> Iterator[str]:
+    """Every reason to leave the loss alone."""
+    hidden, weight, target = (site.value(name) for name in ("hidden", "weight", "target"))
+    if not (hidden.dtype.is_floating_point and weight.dtype.is_floating_point):
+        yield f"hidden states are {hidden.dtype} and the weight {weight.dtype}: only floating point is fused"
+    if target.dtype != torch.int64:
+        yield f"targets are {target.dtype}: only int64 class indices are fused"
+    if len({value.device for value in (hidden, weight, target)}) > 1:
+        yield f"hidden states, weight and targets are on {hidden.device}, {weight.device} and {target.device}"
+    width, vocabulary = hidden.shape[-1], weight.shape[1 if site.inputs["transposed"] else 0]
+    if type(width) is int and type(vocabulary) is int and vocabulary <= width:
+        yield Cost(f"{vocabulary} classes for hidden states of {width}: the logits are no larger than what they come from")
+
+
+def _scale_and_softcap(steps: list[fx.Node]) -> tuple[float, float | None]:
+    """``softcap * tanh(scale * x / softcap)`` from the pointwise steps, read in order. Raises `NoSite`."""
+    before, after, capped = 1.0, 1.0, False
+    for step in steps:
+        if step.target is aten.to.dtype:
+            if not value_of(step).dtype.is_floating_point:
+                raise NoSite(f"{step.name} casts the logits to {value_of(step).dtype}")
+        elif step.target is aten.tanh.default:
+            if capped:
+                raise NoSite(f"{step.name} is a second tanh over the logits")
+            capped = True
+        else:
+            factor = _factor(step)
+            before, after = (before, after * factor) if capped else (before * factor, after)
+    if not capped:
+        return before, None
+    if after <= 0:
+        raise NoSite(f"the logits are capped by {after}, which is not positive")
+    return before * after, after
+
+
+def _factor(step: fx.Node) -> float:
+    if step.target is aten.neg.default:
+        return -1.0
+    if len(step.args) != 2 or step.kwargs or type(step.args[1]) not in (int, float) or step.args[1] == 0:
+        raise NoSite(f"{step.name} ({step.target}) scales the logits by {step.args[1]}, not by a constant")
+    constant = float(step.args[1])  # type: ignore[arg-type]
+    return 1.0 / constant if step.target in (aten.div.Tensor, aten.div.Scalar) else constant
+
+
+def _branches_to_output(found: Projection, inside: set[fx.Node]) -> Iterator[fx.Node]:
+    """Side branches of the logits (a second cast, a slice) that lead to graph outputs and nowhere else."""
+    inside = inside | set(found.nodes)
+    for node in found.nodes:
+        for user in node.users:
+            if user not in inside and user.op != "output":
+                branch = list(_branch(user))
+                yield from branch
+
+
+def _branch(node: fx.Node) -> Iterator[fx.Node]:
+    """`node` and what follows from it, if all of it is pointwise or moves and ends in outputs; else nothing."""
+    found: list[fx.Node] = []
+    waiting = [node]
+    while waiting:
+        step = waiting.pop()
+        if step.op == "output":
+            continue
+        if step.target not in POINTWISE | MOVES or len(step.all_input_nodes) != 1 or not step.users:
+            return
+        found.append(step)
+        waiting += step.users
+    yield from found
+
+
+def _position(graph: fx.Graph) -> Callable[[fx.Node], int]:
+    order = {node: index for index, node in enumerate(graph.nodes)}
+    return order.__getitem__
+
+
+def _text(shape: Any) -> str:
+    return " x ".join(map(str, shape))
+
+
+# --- what a loss looks like: each reader returns logits, target, the constants, its nodes and its output ---------
+
+
+def _of_cross_entropy(node: fx.Node) -> dict[str, Any]:
+    logits, target, weight, reduction, ignore_index, smoothing = _bound(node)
+    return _class_loss(logits, target, weight, reduction, ignore_index, smoothing, (node,))
+
+
+def _of_nll(node: fx.Node) -> dict[str, Any]:
+    log_probabilities, target, weight, reduction, ignore_index = _bound(node)
+    softmax = _log_softmax_over(log_probabilities, 1 if value_of(log_probabilities).dim() > 1 else 0)
+    return _class_loss(softmax.args[0], target, weight, reduction, ignore_index, 0.0, (softmax, node))
+
+
+def _of_logsumexp(node: fx.Node) -> dict[str, Any]:
+    """``logsumexp(x, -1) - gather(x, -1, t)`` or its negation, squeezed before or after: a value for each row."""
+    logits = node.args[0]
+    if [dim % value_of(logits).dim() for dim in node.args[1]] != [value_of(logits).dim() - 1]:  # type: ignore[union-attr,operator]
+        raise NoSite(f"{node.name} sums over axes {node.args[1]}, not over the last", 1)
+    chain = _through_squeezes(node)
+    users = list(chain[-1].users)
+    if len(users) != 1 or users[0].target is not aten.sub.Tensor or users[0].kwargs:
+        raise NoSite(f"{chain[-1].name} is not read by one subtraction alone", len(chain))
+    negate = users[0].args[1] is chain[-1]
+    picked = _gathered(users[0].args[0 if negate else 1])
+    if picked["logits"] is not logits:
+        raise NoSite(f"{users[0].name} subtracts a value of another tensor", len(chain) + 1)
+    return _row_loss(logits, picked, (*chain, users[0]), negate)
+
+
+def _of_gather(node: fx.Node) -> dict[str, Any] | None:
+    """``gather(log_softmax(x, -1), -1, t)``, negated or not: the log probability of each row's target."""
+    softmax = node.args[0]
+    if not isinstance(softmax, fx.Node) or softmax.target is not aten.log_softmax.int:
+        return None
+    _log_softmax_over(softmax, value_of(softmax).dim() - 1)
+    chain = _through_squeezes(node)
+    users = list(chain[-1].users)
+    negated = len(users) == 1 and users[0].target is aten.neg.default
+    picked = _gathered(chain[-1])
+    return _row_loss(softmax.args[0], picked, (softmax, *chain, *(users if negated else ())), not negated)
+
+
+def _class_loss(logits: Any, target: Any, weight: Any, reduction: int, ignore_index: int, smoothing: float,
+                nodes: tuple[fx.Node, ...]) -> dict[str, Any]:
+    if weight is not None:
+        raise NoSite(f"{nodes[-1].name} weighs its classes", len(nodes))
+    if value_of(target).dtype.is_floating_point:
+        raise NoSite(f"{nodes[-1].name} has class probabilities as targets", len(nodes))
+    if value_of(logits).dim() < 2:
+        raise NoSite(f"{nodes[-1].name} is the loss of a single row", len(nodes))
+    return {"logits": logits, "target": target, "reduction": _REDUCTIONS[reduction], "ignore_index": ignore_index,
+            "label_smoothing": smoothing, "nodes": nodes, "output": nodes[-1]}
+
+
+def _row_loss(logits: Any, picked: dict[str, Any], nodes: tuple[fx.Node, ...], negate: bool) -> dict[str, Any]:
+    return {"logits": logits, "target": picked["target"], "reduction": "none", "ignore_index": _NO_INDEX_IGNORED, "label_smoothing": 0.0,
+            "nodes": (*picked["nodes"], *nodes), "output": nodes[-1], "negate": negate, "classes_last": True}
+
+
+def _bound(node: fx.Node) -> list[Any]:
+    """The arguments of `node` with its schema's defaults filled in."""
+    schema = node.target._schema  # type: ignore[union-attr]
+    given = dict(zip([argument.name for argument in schema.arguments], node.args, strict=False)) | dict(node.kwargs)
+    return [given.get(argument.name, argument.default_value) for argument in schema.arguments]
+
+
+def _log_softmax_over(node: Any, axis: int) -> fx.Node:
+    if not isinstance(node, fx.Node) or node.target is not aten.log_softmax.int:
+        raise NoSite(f"{getattr(node, 'name', node)} is not a log_softmax", 1)
+    if node.args[1] % value_of(node).dim() != axis:  # type: ignore[operator]
+        raise NoSite(f"{node.name} normalises axis {node.args[1]}, the classes are axis {axis}", 2)
+    return node
+
+
+def _gathered(node: Any) -> dict[str, Any]:
+    """``gather(x, -1, t.unsqueeze(-1))`` with an optional squeeze: x, t and the nodes."""
+    nodes = [node]
+    if not isinstance(node, fx.Node):
+        raise NoSite(f"{node!r} is not the target's logit")
+    while node.target in _SQUEEZES:
+        node = node.args[0]
+        nodes.append(node)
+    if node.target is not aten.gather.default or node.args[1] % value_of(node).dim() != value_of(node).dim() - 1:  # type: ignore[operator]
+        raise NoSite(f"{node.name} ({node.target}) does not gather the target's value along the last axis", len(nodes))
+    index = node.args[2]
+    if str(value_of(index).shape[-1]) != "1" or _text(value_of(index).shape[:-1]) != _text(value_of(node.args[0]).shape[:-1]):
+        raise NoSite(f"{node.name} gathers {_text(value_of(index).shape)} values, not one a row", len(nodes))
+    return {"logits": node.args[0], "target": index, "nodes": nodes}
+
+
+def _through_squeezes(node: fx.Node) -> list[fx.Node]:
+    """`node` and the squeezes that are all that reads it, one after the other."""
+    chain = [node]
+    while len(chain[-1].users) == 1 and next(iter(chain[-1].users)).target in _SQUEEZES:
+        chain.append(next(iter(chain[-1].users)))
+    return chain
+
+
+_LOSSES: dict[Any, Callable[[fx.Node], dict[str, Any] | None]] = {
+    aten.cross_entropy_loss.default: _of_cross_entropy,
+    aten.nll_loss_nd.default: _of_nll,
+    aten.nll_loss.default: _of_nll,
+    aten.logsumexp.default: _of_logsumexp,
+    aten.gather.default: _of_gather,
+}
+
+
+# --- what users write --------------------------------------------------------------------------------------------
+
+
+def causal_lm_loss(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    """transformers: logits in fp32, flattened, mean over the tokens that are not ignored."""
+    logits = F.linear(hidden, weight).float()
+    return F.cross_entropy(logits.view(-1, logits.shape[-1]), target.view(-1), ignore_index=-100)
+
+
+def shifted_loss(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    """The older shift, of logits and labels both; the sum is divided by the number of items."""
+    logits = F.linear(hidden, weight)[..., :-1, :].contiguous()
+    return F.cross_entropy(logits.view(-1, weight.shape[0]), target[..., 1:].reshape(-1), reduction="sum") / 7
+
+
+def softcapped_loss(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    """gemma2: capped logits, here with label smoothing."""
+    logits = 30.0 * torch.tanh(hidden @ weight.t() / 30.0)
+    return F.cross_entropy(logits.transpose(1, 2), target, label_smoothing=0.1)
+
+
+def nll_loss(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    """log_softmax and nll_loss, with the loss of each token weighed by the caller."""
+    scores = F.log_softmax((F.linear(hidden, weight) * 0.5).float(), dim=-1)
+    losses = F.nll_loss(scores.flatten(0, 1), target.flatten(), reduction="none")
+    return (losses * torch.linspace(0.5, 1.5, losses.shape[0])).sum()
+
+
+def hand_written_loss(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    """logsumexp minus the target's logit."""
+    logits = F.linear(hidden, weight).float()
+    chosen = logits.gather(-1, target.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    return (torch.logsumexp(logits, dim=-1) - chosen).mean()
+
+
+def chosen_log_probabilities(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    """Preference tuning: the log probability of each target."""
+    scores = F.linear(hidden, weight).log_softmax(-1)
+    return (-scores.gather(-1, target.clamp(min=0).unsqueeze(-1)).squeeze(-1)).mean()
+
+
+def inputs(draw: Draw) -> dict[str, Any]:
+    """Hidden states [B, T, H], a weight [V, H] with V > H, and targets [B, T], some ignored."""
+    dtype = draw.choice(torch.float32, torch.bfloat16)
+    batch, length, width = draw.size(1, 3), draw.size(2, 9), draw.size(1, 12)
+    vocabulary = draw.size(width + 1, 40)
+    target = draw.integers(0, vocabulary, batch, length)
+    if draw.choice(True, False):
+        target = target.masked_fill(torch.arange(length) == 0, -100)
+    return {"hidden": draw.tensor(batch, length, width, dtype=dtype), "weight": draw.tensor(vocabulary, width, dtype=dtype), "target": target}
+
+
+RULE = Region(
+    name="linear_cross_entropy",
+    anchors=frozenset(_LOSSES),
+    grow=grow,
+    replacement=replacement,
+    objections=objections,
+    spellings=(causal_lm_loss, shifted_loss, softcapped_loss, nll_loss, hand_written_loss, chosen_log_probabilities),
+    inputs=inputs,
+)
