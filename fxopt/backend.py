@@ -10,6 +10,7 @@ from torch import fx
 
 from fxopt import capture as capturing
 from fxopt import compat, verify
+from fxopt.differential import same_function
 from fxopt.options import Options
 from fxopt.outputs import OutputPlan, defer_outputs
 from fxopt.report import GraphReport, Report, record
@@ -62,7 +63,7 @@ def rewrite(gm: fx.GraphModule, inputs: Sequence[Any], stages: Stages) -> tuple[
             outcome = apply_rule(rule, gm, force=forced, may_defer=stages.options.logits == "deferred")
             if stages.options.verify and outcome.rewrites:
                 with stages.timed("verify"):
-                    verify.same_function(gm, outcome.module, inputs)
+                    same_function(gm, outcome.module, inputs)
             return outcome
 
         outcome = stages.guarded(f"rule {rule.name}", apply, otherwise=None)

@@ -20,6 +20,7 @@ from fxopt.compat import pytree
 from fxopt.fake import propagate, value_of
 from fxopt.simplify import simplify
 
+_ATTRIBUTES = ("get_attr", "call_module")
 _PROVENANCE = ("stack_trace", "nn_module_stack", "source_fn_stack", "custom", "from_node")
 
 
@@ -51,19 +52,18 @@ def capture(gm: fx.GraphModule) -> Capture:
 class _Lowering:
     """One graph's lowering; bodies of higher-order operators share its memo."""
 
-    def __init__(self, gm: fx.GraphModule, result: Capture, memo: dict[Any, fx.Graph]):
+    def __init__(self, gm: fx.GraphModule, result: Capture, memo: dict[Any, fx.GraphModule]):
         self.gm, self.result, self.memo = gm, result, memo
         self.graph = fx.Graph()
         self.env: dict[fx.Node, Any] = {}
-        self.bodies: dict[str, fx.GraphModule] = {}
+        self.attributes: dict[str, Any] = {}
 
     def run(self) -> fx.GraphModule:
         for node in self.gm.graph.nodes:
             self.result.nodes += 1
             self.env[node] = self.lower(node)
-        module = fx.GraphModule(self.gm, self.graph, class_name="Canonical")
-        for name, body in self.bodies.items():
-            setattr(module, name, body)
+        kept = {str(node.target): operator.attrgetter(str(node.target))(self.gm) for node in self.gm.graph.nodes if node.op in _ATTRIBUTES}
+        module = fx.GraphModule(kept | self.attributes, self.graph, class_name="Canonical")
         module.meta = dict(self.gm.meta)
         propagate(module)
         simplify(module)
@@ -93,10 +93,16 @@ class _Lowering:
         new.meta["kept"] = reason
         return new
 
+    def constant(self, value: Any) -> fx.Node:
+        """A tensor that tracing a node made (``x[:, 0] = 3.0``, ``torch.tensor(2.5)``) becomes an attribute."""
+        name = f"constant_{len(self.attributes)}"
+        self.attributes[name] = value
+        return self.graph.get_attr(name)
+
     def lower_body(self, node: fx.Node) -> None:
-        body = getattr(self.gm, str(node.target), None)
-        if isinstance(body, fx.GraphModule) and str(node.target) not in self.bodies:
-            self.bodies[str(node.target)] = _Lowering(body, self.result, self.memo).run()
+        body = operator.attrgetter(str(node.target))(self.gm)
+        if isinstance(body, fx.GraphModule) and str(node.target) not in self.attributes:
+            self.attributes[str(node.target)] = _Lowering(body, self.result, self.memo).run()
 
     def mapped(self, args: Any) -> Any:
         return fx.node.map_arg(args, lambda argument: self.env[argument])
@@ -108,23 +114,21 @@ class _Lowering:
         new.type = node.type
         return new
 
-    def traced(self, node: fx.Node, inputs: list[fx.Node], values: list[Any]) -> fx.Graph:
+    def traced(self, node: fx.Node, inputs: list[fx.Node], values: list[Any]) -> fx.GraphModule:
         position = {argument: index for index, argument in enumerate(inputs)}
         written = repr(fx.node.map_arg((node.args, node.kwargs), lambda argument: _Hole(position[argument])))
         key = (node.op, str(node.target), written, torch.is_grad_enabled(), *map(_signature, values))
         if key not in self.memo:
-            graph = compat.trace_atens(_call(node, position), values).graph
-            if any(inner.op == "get_attr" for inner in graph.nodes):
-                raise ValueError("it makes a tensor constant")
-            self.memo[key] = graph
+            self.memo[key] = compat.trace_atens(_call(node, position), values)
             self.result.traced += 1
         return self.memo[key]
 
-    def splice(self, traced: fx.Graph, node: fx.Node, inputs: list[fx.Node]) -> Any:
-        holes = [inner for inner in traced.nodes if inner.op == "placeholder"]
+    def splice(self, traced: fx.GraphModule, node: fx.Node, inputs: list[fx.Node]) -> Any:
+        holes = [inner for inner in traced.graph.nodes if inner.op == "placeholder"]
         env: dict[fx.Node, Any] = dict(zip(holes, (self.env[argument] for argument in inputs), strict=True))
-        given = set(holes)
-        out = self.graph.graph_copy(traced, env)
+        env |= {inner: self.constant(getattr(traced, inner.target)) for inner in traced.graph.nodes if inner.op == "get_attr"}
+        given = set(env)
+        out = self.graph.graph_copy(traced.graph, env)
         provenance = {key: node.meta[key] for key in _PROVENANCE if key in node.meta}
         for inner, new in env.items():
             if inner not in given:

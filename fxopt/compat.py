@@ -18,6 +18,7 @@ from torch._ops import HigherOrderOperator, OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 __all__ = [
     "DYNAMO_CONTROL",
@@ -29,6 +30,7 @@ __all__ = [
     "PassesThroughDynamo",
     "compile_graph",
     "disabled_torch_function",
+    "TorchDispatchMode",
     "fake_mode_of",
     "forbid_data_pointer",
     "ignoring_fresh_symbols",
@@ -37,6 +39,7 @@ __all__ = [
     "pytree",
     "tag_activation_checkpoint",
     "trace_atens",
+    "without_modes",
 ]
 
 class PassesThroughDynamo(ShortenTraceback):
@@ -107,3 +110,24 @@ disabled_torch_function: Any = torch._C._disabled_torch_function_impl
 def forbid_data_pointer(tensor: torch.Tensor) -> None:
     """Make C++ code that asks `tensor`, which has no memory, for its data pointer raise instead of dereferencing null."""
     torch._C._set_throw_on_mutable_data_ptr(tensor)
+
+
+def without_modes() -> contextlib.AbstractContextManager[Any]:
+    """Within, operators run on the tensors they are given, past fake, tracing and user dispatch modes."""
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    return _disable_current_modes()
+
+
+def has_onednn() -> bool:
+    """Whether oneDNN is built in and switched on (`torch.backends.mkldnn.flags`)."""
+    return torch.backends.mkldnn.is_available() and torch._C._get_mkldnn_enabled()
+
+
+def onednn_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """``x @ weight.T + bias`` by oneDNN's inner product: x [M, K], weight [N, K], bias [N] -> new [M, N], CPU only.
+
+    `weight` must be contiguous or the transpose of a contiguous matrix: for any other strides oneDNN falls back to its
+    reference loop (1,000 times slower). `aten.mm` multiplies fp32 by MKL instead, which leaves AVX-512 unused on AMD.
+    """
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")

@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fxopt.compat import without_modes
 from fxopt.deferred_tensor import DeferredTensor, Geometry, Source, contiguous
 
 __all__ = ["DeferredTensor", "Projection", "deferred", "project"]
@@ -102,6 +103,7 @@ class _Defer(torch.autograd.Function):
         return DeferredTensor(DeferredSource(_Recipe.of(hidden, weight, bias, projection)))
 
     @staticmethod
+    @torch.compiler.disable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         (grad,) = grads
         needs = ctx.needs_input_grad[:3]
@@ -110,7 +112,8 @@ class _Defer(torch.autograd.Function):
         twice = torch.is_grad_enabled()  # create_graph=True
         inputs = [_input(tensor, need, twice) for tensor, need in zip(ctx.saved_tensors, needs, strict=True)]
         hidden, weight, bias = inputs
-        assert hidden is not None and weight is not None
+        assert hidden is not None
+        assert weight is not None
         with torch.enable_grad():
             logits = project(hidden, weight, bias, ctx.projection)
         wanted = [tensor for tensor, need in zip(inputs, needs, strict=True) if need and tensor is not None]
@@ -136,11 +139,11 @@ class DeferredSource(Source):
 
     def shared(self, view: Geometry) -> Tensor:
         """The plain tensor at `view` of the values that all views share: computes everything."""
-        with self._lock:
+        with self._lock, without_modes():  # Dynamo asks for this under a fake mode
             if self.value is None:
                 self.value = self._recipe.compute(self._recipe.hidden)
                 self._pieces.clear()
-        return super().shared(view)
+            return super().shared(view)
 
     def values(self, view: Geometry) -> Tensor:
         """The values at `view`, to be read and not written: computes the rows that it touches only, if they are few."""
@@ -260,7 +263,8 @@ def rows_behind(view: Geometry, vocabulary: int) -> tuple[Geometry, Geometry] | 
     """
     if not vocabulary or not math.prod(view[0]):
         return None
-    rows, columns = [], []
+    rows: list[tuple[int, int, int]] = []
+    columns: list[tuple[int, int, int]] = []
     for axis, (size, stride) in enumerate(zip(view[0], view[1], strict=True)):
         (rows if size == 1 or stride % vocabulary == 0 else columns).append((axis, size, stride))
     if view[2] % vocabulary + sum((size - 1) * stride for _, size, stride in columns) >= vocabulary:
@@ -268,7 +272,8 @@ def rows_behind(view: Geometry, vocabulary: int) -> tuple[Geometry, Geometry] | 
     sizes = tuple(size for _, size, _ in rows)
     strides = tuple(stride // vocabulary if size > 1 else 0 for _, size, stride in rows)
     steps = contiguous((*sizes, vocabulary))[1]
-    within = dict(zip((axis for axis, _, _ in rows), steps, strict=False)) | {axis: stride for axis, _, stride in columns}
+    within = {axis: step for (axis, _, _), step in zip(rows, steps, strict=False)}
+    within |= {axis: stride for axis, _, stride in columns}
     order = tuple(within[axis] for axis in range(len(view[0])))
     return (sizes, strides, view[2] // vocabulary), (view[0], order, view[2] % vocabulary)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -91,18 +91,21 @@ class DeferredTensor(Tensor):
         return self._source.value is not None
 
     @property
+    @torch.compiler.disable
     def computed(self) -> Tensor:
         """The plain, detached tensor that shares these values: computes them."""
         return self._source.shared(_geometry(self))
 
+    @torch.compiler.disable
     def ordinary(self) -> Tensor:
         """The same tensor to autograd and in memory, and no subclass: computes the values."""
         self._source.shared(_geometry(self))
         with torch.enable_grad():
-            return torch.ops.aten.alias.default(self)  # type: ignore[no-any-return]
+            return torch.ops.aten.alias.default(self)
 
     @classmethod
-    def __torch_dispatch__(cls, func: OpOverload, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    @torch.compiler.disable
+    def __torch_dispatch__(cls, func: OpOverload, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         kwargs = kwargs or {}
         if torch.is_inference_mode_enabled():  # where composite operators arrive whole
             result = func.decompose(*args, **kwargs)
@@ -116,18 +119,9 @@ class DeferredTensor(Tensor):
                 return result
         return _on_values(func, args, kwargs)
 
-    def __tensor_flatten__(self) -> tuple[list[str], None]:
-        return ["computed"], None
-
-    @staticmethod
-    def __tensor_unflatten__(inner: dict[str, Tensor], context: None, size: Any, stride: Any) -> DeferredTensor:
-        value = inner["computed"]
-        source = Source(value, value.shape, value.dtype, value.device, "deferred tensor")
-        return DeferredTensor(source, (tuple(value.shape), value.stride(), 0))
-
     def __repr__(self, **options: Any) -> str:  # type: ignore[override]
         if self.is_computed:
-            return self.ordinary().__repr__(**options)  # type: ignore[no-any-return]
+            return self.ordinary().__repr__(**options)
         grad = ", requires_grad=True" if self.requires_grad else ""
         return f"tensor(deferred, size={tuple(self.shape)}, dtype={self.dtype}, device='{self.device}'{grad})"
 
@@ -141,12 +135,13 @@ class DeferredTensor(Tensor):
         memo[id(self)] = result = copy.deepcopy(self.ordinary(), memo)
         return result
 
+    @torch.compiler.disable
     def tolist(self) -> Any:
         return self._source.values(_geometry(self)).tolist()
 
     @property
     def data(self) -> Tensor:
-        return Tensor.data.__get__(self)
+        return Tensor.data.__get__(self)  # type: ignore[attr-defined]
 
     @data.setter
     def data(self, value: Tensor) -> None:
@@ -169,6 +164,21 @@ class DeferredTensor(Tensor):
 
     def __dlpack__(self, **options: Any) -> Any:
         return self.ordinary().__dlpack__(**options)
+
+
+def _in_place(name: str) -> Callable[[DeferredTensor, Any], Any]:
+    operator = getattr(Tensor, name)
+
+    @torch.compiler.disable
+    def operate(self: DeferredTensor, other: Any) -> Any:
+        return operator(self, other)
+
+    return operate
+
+
+# Dynamo (2.13) recurses without end where it finds an in-place operator of these on a class that only inherits it.
+for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift"):
+    setattr(DeferredTensor, f"__i{_name}__", _in_place(f"__i{_name}__"))
 
 
 def _geometry(tensor: Tensor) -> Geometry:
@@ -224,7 +234,7 @@ def _over(source: Source | None) -> Tensor | None:
 def _new(func: OpOverload, this: DeferredTensor, args: Any, kwargs: Any) -> Tensor:
     """``zeros_like(logits)`` and other new tensors that have nothing of it but sizes, dtype and device."""
     options = {**kwargs, "device": kwargs.get("device") or this.device}
-    return func(_shape_of(this), *args, **options)  # type: ignore[no-any-return]
+    return func(_shape_of(this), *args, **options)
 
 
 _NEW = (
@@ -241,33 +251,46 @@ _WITHOUT_VALUES: dict[OpOverload, Callable[[OpOverload, DeferredTensor, Any, Any
 """Operators besides views that need no values; each gives None where it needs them after all."""
 
 
+class _Use(NamedTuple):
+    """A deferred tensor that an operator got, the plain one that stood in for it, and whether that was written to."""
+
+    plain: Tensor
+    deferred: DeferredTensor
+    is_written: bool
+
+
 def _on_values(func: OpOverload, args: Any, kwargs: Any) -> Any:
     """Run `func` on plain tensors. Where it writes to or aliases an argument, that one is the shared values."""
-    owners: dict[int, tuple[Tensor, DeferredTensor]] = {}  # holds the plain tensors, so that their ids stay theirs
-    written: list[tuple[Tensor, DeferredTensor]] = []
-
-    def plain(parameter: Any, value: Any) -> Any:
-        if isinstance(value, (list, tuple)):
-            return [plain(parameter, item) for item in value]
-        if not isinstance(value, DeferredTensor):
-            return value
-        alias = parameter.alias_info
-        tensor = value.computed if alias is not None else value._source.values(_geometry(value))
-        owners[id(tensor)] = (tensor, value)
-        if alias is not None and alias.is_write:
-            written.append((tensor, value))
-        return tensor
-
+    _refuse_new_shape(func, args)
     parameters = func._schema.arguments
     named = {parameter.name: parameter for parameter in parameters}
-    _refuse_new_shape(func, args)
+    uses: list[_Use] = []
     result = func(
-        *(plain(parameter, value) for parameter, value in zip(parameters, args, strict=False)),
-        **{name: plain(named[name], value) for name, value in kwargs.items()},
+        *(_plain(parameter, value, uses) for parameter, value in zip(parameters, args, strict=False)),
+        **{name: _plain(named[name], value, uses) for name, value in kwargs.items()},
     )
-    for tensor, value in written:
-        _after_write(func, tensor, value)
-    return _owned(result, owners)
+    for use in uses:
+        if use.is_written:
+            _after_write(func, use)
+    return _owned(result, uses)
+
+
+def _plain(parameter: Any, value: Any, uses: list[_Use]) -> Any:
+    if isinstance(value, (list, tuple)):
+        return [_plain(parameter, item, uses) for item in value]
+    if not isinstance(value, DeferredTensor):
+        return value
+    alias = parameter.alias_info
+    tensor = value.computed if alias is not None else value._source.values(_geometry(value))
+    uses.append(_Use(tensor, value, alias is not None and alias.is_write))
+    return tensor
+
+
+def _owned(result: Any, uses: list[_Use]) -> Any:
+    """`result` with the deferred tensors in place of the plain ones that an operator in place returned."""
+    if isinstance(result, (list, tuple)):
+        return type(result)(_owned(item, uses) for item in result)
+    return next((use.deferred for use in uses if use.plain is result), result)
 
 
 def _refuse_new_shape(func: OpOverload, args: Any) -> None:
@@ -275,10 +298,10 @@ def _refuse_new_shape(func: OpOverload, args: Any) -> None:
         raise RuntimeError(f"{_ways_out(args[0])}: {func} would change its shape, strides or memory in place")
 
 
-def _after_write(func: OpOverload, tensor: Tensor, value: DeferredTensor) -> None:
-    if tensor.shape != value.shape:
-        raise RuntimeError(f"{_ways_out(value)}: {func} resized it from {list(value.shape)} to {list(tensor.shape)}")
-    shared = value._source.value
+def _after_write(func: OpOverload, use: _Use) -> None:
+    value, shared = use.deferred, use.deferred._source.value
+    if use.plain.shape != value.shape:
+        raise RuntimeError(f"{_ways_out(value)}: {func} resized it from {list(value.shape)} to {list(use.plain.shape)}")
     # Autograd counts the write for `value`; compiled code may have saved the plain values, and must be told too.
     if shared is not None and not shared.is_inference():
         torch.autograd.graph.increment_version(shared)
@@ -286,11 +309,3 @@ def _after_write(func: OpOverload, tensor: Tensor, value: DeferredTensor) -> Non
 
 def _ways_out(value: DeferredTensor) -> str:
     return f'{value._source.name} is computed when it is read; use its clone(), or options={{"logits": "eager"}}'
-
-
-def _owned(result: Any, owners: dict[int, tuple[Tensor, DeferredTensor]]) -> Any:
-    """`result` with the deferred tensors in place of the plain ones that an operator in place returned."""
-    if isinstance(result, (list, tuple)):
-        return type(result)(_owned(item, owners) for item in result)
-    owner = owners.get(id(result))
-    return result if owner is None else owner[1]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -179,9 +179,13 @@ class Pattern(Rule):
     """A rule found by matching its spellings, which are canonicalised by the same function as the graph.
 
     Arguments of a spelling are holes: a tensor argument binds a node, any other argument binds the constant (or
-    scalar node) found in its place. `extend` may widen a match (a norm takes in the residual add before it).
+    scalar node) found in its place.
+
+    given:  for each spelling, constants that the replacement gets besides the holes, so that one serves all.
+    extend: may widen a match (a norm takes in the residual add before it).
     """
 
+    given: Mapping[Callable[..., Any], Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     extend: Callable[[Site], Site] = dataclasses.field(default=lambda site: site)
 
     def find(self, gm: fx.GraphModule) -> Iterator[Site | Refusal]:

@@ -11,40 +11,43 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
+
+from fxopt.compat import TorchDispatchMode
 
 _NARROW = (torch.float32, torch.float16, torch.bfloat16)
-_NARROWING = (Tensor.float, Tensor.half, Tensor.bfloat16)
 
 
-class Widen(TorchFunctionMode):
-    """While active, every request for a floating dtype narrower than fp64 gives fp64.
+class Widen(TorchDispatchMode):
+    """While active, every op that is asked for a floating dtype narrower than fp64 gives fp64.
 
-    That covers `.float()`, `.half()`, `.bfloat16()`, `.to(dtype)` and any `dtype=` of a function of `torch`. Casts
-    below Python (autocast, ops that return float32 by definition) are not seen. Ops without an fp64 kernel are
-    computed from ops that have one (`grouped_mm`).
+    It works below autograd, so it sees the casts of Python, of autocast and of composite ops alike, in forward,
+    backward and what a checkpoint recomputes. It cannot be active while anything is compiled.
     """
 
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
-        if func in _NARROWING:
-            return args[0].double()
-        if getattr(func, "__name__", "") == "_grouped_mm":
-            return _grouped_mm(*args, **kwargs)
-        return func(*map(_wide, args), **{key: _wide(value) for key, value in kwargs.items()})
+        wide_args = tuple(map(_wide, args))
+        wide_kwargs = {key: _wide(value) for key, value in (kwargs or {}).items()}
+        return _IN_FP64.get(func, func)(*wide_args, **wide_kwargs)
 
 
 def _wide(value: Any) -> Any:
     return torch.float64 if isinstance(value, torch.dtype) and value in _NARROW else value
 
 
-def _grouped_mm(rows: Tensor, weight: Tensor, *, offs: Tensor, bias: None = None, out_dtype: object = None) -> Tensor:
-    """[n, k] x [groups, k, m] -> [n, m]: rows `offs[g-1]:offs[g]` meet `weight[g]`, rows past the last give 0.
+def _grouped_mm(a: Tensor, b: Tensor, offs: Tensor, bias: None = None, out_dtype: object = None) -> Tensor:
+    """`aten._grouped_mm`, whose kernels take no fp64, for the layouts of mixtures of experts.
 
-    The kernel takes no fp64; bias is not supported by it either, and the output dtype is fp64 whatever was asked.
+    a [n, k], b [groups, k, m] -> [n, m]: rows `offs[g-1]:offs[g]` of `a` meet `b[g]`; rows past the last give 0.
+    a [k, n], b [n, m] -> [groups, k, m]: the weight's gradient, with the same ranges of n.
     """
     ends = offs.tolist()
-    parts = [rows[a:b] @ w for a, b, w in zip([0, *ends], ends, weight, strict=False)]
-    return torch.cat([*parts, rows.new_zeros(len(rows) - ends[-1], weight.shape[-1])])
+    ranges = list(zip([0, *ends], ends, strict=False))
+    if b.dim() == 2:
+        return torch.stack([a[:, start:end] @ b[start:end] for start, end in ranges])
+    parts = [a[start:end] @ weight for (start, end), weight in zip(ranges, b, strict=True)]
+    return torch.cat([*parts, a.new_zeros(len(a) - ends[-1], b.shape[-1])])
+
+
+_IN_FP64: dict[Any, Callable[..., Any]] = {torch.ops.aten._grouped_mm.default: _grouped_mm}

@@ -1,0 +1,105 @@
+"""The differential check: two graphs run in fp64 on the same inputs must agree, gradients too.
+
+Lint and fake values cannot tell `rsqrt` from `sqrt`; numbers can. In fp64 two ways to write one function differ by
+rounding alone, some 1e-16 a step, so that a wrong formula stands out by ten orders of magnitude.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxopt import compat
+from fxopt.rewrite import copy_module
+from fxopt.verify import VerificationError
+
+TOLERANCE = 1e-9
+"""Largest relative difference: 1e-16 of rounding, times the few hundred operations and the cancellation of a deep graph."""
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def same_function(before: fx.GraphModule, after: fx.GraphModule, inputs: Sequence[Any]) -> None:
+    """Check that both graphs give the same outputs and input gradients in fp64 on `inputs` (tensors and numbers).
+
+    Raises `VerificationError` naming the output or input, and the error. Nothing of `inputs` is changed.
+    """
+    with torch.random.fork_rng(devices=[]):
+        one = _run(before, inputs)
+    with torch.random.fork_rng(devices=[]):
+        other = _run(after, inputs)
+    for name in one:
+        error = relative_error(other[name], one[name])
+        if not error <= TOLERANCE:
+            raise VerificationError(f"in fp64 {name} differs by {error:.1e} (relative), more than {TOLERANCE:.0e}")
+
+
+def relative_error(value: torch.Tensor | None, reference: torch.Tensor | None) -> float:
+    """``|value - reference| / |reference|`` (2-norms); 0 where both are None or NaN alike, inf where only one is."""
+    if value is None or reference is None:
+        return 0.0 if value is reference else float("inf")
+    if not torch.equal(value.isnan(), reference.isnan()) or not torch.equal(value.isinf(), reference.isinf()):
+        return float("inf")
+    finite = reference.isfinite()
+    value, reference = value[finite].double(), reference[finite].double()
+    size = reference.norm()
+    return float((value - reference).norm() / size) if size > 0 else float((value - reference).norm())
+
+
+def _run(gm: fx.GraphModule, inputs: Sequence[Any]) -> dict[str, torch.Tensor | None]:
+    module = in_double(gm)
+    given = [_double(item) for item in inputs]
+    leaves = [item for item in given if isinstance(item, torch.Tensor) and item.requires_grad]
+    work = [item.clone() if isinstance(item, torch.Tensor) else item for item in given]
+    device = next((item.device.type for item in given if isinstance(item, torch.Tensor)), "cpu")
+    with torch.enable_grad(), torch.autocast(device, enabled=False):
+        outputs = [item for item in compat.pytree.tree_leaves(module(*work)) if isinstance(item, torch.Tensor)]
+        found: dict[str, torch.Tensor | None] = {f"output {index}": item.detach() for index, item in enumerate(outputs) if _is_float(item)}
+        losses = [_weighed(item) for item in outputs if item.requires_grad]
+        if losses and leaves:
+            gradients = torch.autograd.grad(torch.stack(losses).sum(), leaves, allow_unused=True)
+            found |= {f"the gradient of input {index}": item for index, item in enumerate(gradients)}
+    return found
+
+
+def _is_float(value: torch.Tensor) -> bool:
+    return value.dtype.is_floating_point
+
+
+def _weighed(value: torch.Tensor) -> torch.Tensor:
+    """A sum with fixed, uneven weights: a plain sum has gradients that cancel in norms and softmaxes."""
+    weights = torch.linspace(0.5, 1.5, value.numel(), dtype=value.dtype, device=value.device)
+    return (value.reshape(-1) * weights).sum()
+
+
+def _double(value: Any) -> Any:
+    if not isinstance(value, torch.Tensor) or value.dtype not in _FLOATS:
+        return value
+    return value.detach().double().requires_grad_(value.requires_grad)
+
+
+def in_double(gm: fx.GraphModule) -> fx.GraphModule:
+    """A copy of `gm` in which every lower floating-point dtype, cast and constant is fp64; bodies included."""
+    copy = copy_module(gm)
+    for module in copy.modules():
+        if isinstance(module, fx.GraphModule):
+            _raise_dtypes(module)
+    return copy
+
+
+def _raise_dtypes(gm: fx.GraphModule) -> None:
+    def raised(item: Any) -> Any:
+        return torch.float64 if item in _FLOATS else item
+
+    for node in gm.graph.nodes:
+        if node.op == "get_attr":
+            value = getattr(gm, str(node.target), None)
+            if isinstance(value, torch.Tensor) and not isinstance(value, torch.nn.Parameter):
+                setattr(gm, str(node.target), _double(value))
+        elif node.op == "call_function":
+            node.args = compat.pytree.tree_map_only(torch.dtype, raised, node.args)
+            node.kwargs = compat.pytree.tree_map_only(torch.dtype, raised, node.kwargs)
+    gm.recompile()

@@ -1,0 +1,259 @@
+"""Loss and gradients of a linear layer under cross-entropy, a chunk of rows at a time.
+
+For each chunk of C rows the logits [C, V] are computed, turned into losses and, where they lie, into their own
+gradient, multiplied out, and overwritten by the next chunk's. The idea is Cut Cross-Entropy's (Wijmans et al. 2024,
+arXiv:2411.09009) and Liger Kernel's (Hsu et al. 2024, arXiv:2410.10989); unlike Liger's, sums over chunks are fp32.
+
+With z the logits after scale and softcap, p = softmax(z), e = label_smoothing, y the target:
+
+    loss = logsumexp(z) - (1 - e) z[y] - e mean(z)
+    dloss/dz = p - (1 - e) onehot(y) - e / V
+
+Ignored rows are left out before the first product where that costs no synchronisation (on a CPU), and have no part in
+anything: a NaN in an ignored row of `hidden` does not reach the gradients, as it would through eager's 0 * NaN.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fxopt.ops.products import accumulate_dtype, piece_bytes, products_for, slices
+
+CHUNK_BYTES = 32 * 2**20
+"""Most bytes of a chunk's buffers: from 32 MiB on, glibc gives memory back to the system at every free."""
+LEAST_ROWS = 128
+"""Least rows of a chunk, whatever their size: the weight's gradient is read and written once for every chunk."""
+
+
+@dataclass(frozen=True)
+class LossSpec:
+    """The constants of a loss: ``cross_entropy(softcap * tanh(scale * logits / softcap), ...)``; softcap 0 is none."""
+
+    scale: float
+    softcap: float
+    label_smoothing: float
+    ignore_index: int
+    reduction: str
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Which gradients to compute."""
+
+    hidden: bool
+    weight: bool
+    bias: bool
+
+    @property
+    def flags(self) -> tuple[bool, bool, bool]:
+        return self.hidden, self.weight, self.bias
+
+    def __bool__(self) -> bool:
+        return any(self.flags)
+
+
+@dataclass(frozen=True)
+class LossAndGradients:
+    """What one pass over the rows gives, in fp32 (losses; fp64 for fp64) and `gradient_dtype`.
+
+    losses: [N], zero where ignored; count: how many rows are not ignored; hidden [N, H], weight [V, H] and bias [V]:
+    gradients of the sum of ``upstream * losses`` (of its mean, if that is the reduction), None where not wanted.
+    """
+
+    losses: Tensor
+    count: int | Tensor
+    hidden: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+
+
+def gradient_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which gradients wait for the upstream gradient: fp32 for fp16, whose range a scaled loss exceeds."""
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
+def bytes_per_logit(dtype: torch.dtype, softcap: float) -> int:
+    """Bytes held for each logit of a chunk: the logit, its fp32 copy if it is narrower, its tanh if it is capped."""
+    wide = accumulate_dtype(dtype)
+    return wide.itemsize * (2 if softcap else 1) + (dtype.itemsize if dtype != wide else 0)
+
+
+def chunk_rows(rows: int, vocabulary: int, dtype: torch.dtype, softcap: float) -> int:
+    """Rows of a chunk: as many as fit `CHUNK_BYTES`, in chunks of equal size, in steps of 32 for the products."""
+    fitting = CHUNK_BYTES // max(vocabulary * bytes_per_logit(dtype, softcap), 1)
+    most = max(fitting // 32 * 32, LEAST_ROWS)
+    chunks = max(-(-rows // most), 1)
+    return min(-(-rows // (chunks * 32)) * 32, rows)
+
+
+def workspace_bytes(rows: int, weight: Tensor, spec: LossSpec, wanted: Wanted) -> int:
+    """Bytes that `loss_and_gradients` holds at its peak, without inputs and results; no row ignored, weight [V, H].
+
+    The peak is in a chunk (logits, accumulator, a piece of a product; the result is not there yet) or at the end.
+    """
+    dtype, vocabulary = weight.dtype, weight.shape[0]
+    capped = spec.softcap if wanted else 0.0
+    chunk = chunk_rows(rows, vocabulary, dtype, capped) * vocabulary * bytes_per_logit(dtype, capped)
+    if not wanted.weight:
+        return chunk
+    total, result = (weight.numel() * kind.itemsize for kind in (accumulate_dtype(dtype), gradient_dtype(dtype)))
+    return total + max(chunk + piece_bytes(weight) - result, 0)
+
+
+def loss_and_gradients(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    spec: LossSpec,
+    wanted: Wanted,
+    upstream: Tensor | None = None,
+) -> LossAndGradients:
+    """Every row's loss and the gradients wanted.
+
+    hidden [N, H], weight [V, H] and bias [V] or None of one floating dtype, target [N] int64, upstream [N] or None for
+    ones. Raises IndexError for a target that is no class, on a CPU; elsewhere the device's own assertion fails.
+    """
+    rows = _Rows(hidden, target, spec.ignore_index, weight.shape[0])
+    chunks = _Chunks(rows, weight, bias, spec, wanted, upstream)
+    for chunk in slices(len(rows), chunks.step):
+        chunks.add(chunk)
+    return chunks.result()
+
+
+class _Rows:
+    """The rows that count: their hidden states and targets.
+
+    On a CPU ignored rows are dropped; elsewhere, where their number is not known without waiting for the device, they
+    are kept and marked in `ignored`.
+    """
+
+    def __init__(self, hidden: Tensor, target: Tensor, ignore_index: int, vocabulary: int):
+        self.hidden = hidden
+        self.positions: Tensor | None = None
+        self.ignored: Tensor | None = None
+        ignored = target == ignore_index
+        if hidden.device.type != "cpu":
+            self.ignored, self.target = ignored, target.masked_fill(ignored, 0)
+            self.count: int | Tensor = (~ignored).sum()
+            return
+        if ignored.any():
+            self.positions = (~ignored).nonzero().squeeze(1)
+            target = target[self.positions]
+        self.target, self.count = target, target.shape[0]
+        wrong = target[(target < 0) | (target >= vocabulary)]
+        if wrong.numel():
+            raise IndexError(f"Target {int(wrong[0])} is out of bounds.")
+
+    def __len__(self) -> int:
+        return self.target.shape[0]
+
+    def take(self, values: Tensor, chunk: slice) -> Tensor:
+        """The chunk's rows of `values` [N, ...], contiguous."""
+        return values[chunk].contiguous() if self.positions is None else values[self.positions[chunk]]
+
+    def put(self, values: Tensor, chunk: slice, result: Tensor) -> None:
+        """Write the chunk's rows of `result` [N, ...]."""
+        if self.positions is None:
+            result[chunk] = values
+        else:
+            result[self.positions[chunk]] = values
+
+
+class _Chunks:
+    """The pass over the rows: buffers that all chunks share, and what they add up to."""
+
+    def __init__(
+        self, rows: _Rows, weight: Tensor, bias: Tensor | None, spec: LossSpec, wanted: Wanted, upstream: Tensor | None
+    ):
+        self.rows, self.spec, self.wanted, self.upstream = rows, spec, wanted, upstream
+        self.vocabulary, self.dtype = weight.shape[0], accumulate_dtype(weight.dtype)
+        self.step = chunk_rows(len(rows), self.vocabulary, weight.dtype, spec.softcap if wanted else 0.0)
+        self.products = products_for(weight, bias, self.step, wanted.weight)
+        wide = rows.hidden.new_empty(0, dtype=self.dtype)
+        self.wide = wide.new_empty(self.step, self.vocabulary) if weight.dtype != self.dtype else wide
+        self.capped = wide.new_empty(self.step, self.vocabulary) if spec.softcap and wanted else wide
+        self.losses, self.factor = wide.new_zeros(rows.hidden.shape[0]), self._factor()
+        waiting = gradient_dtype(weight.dtype)
+        self.hidden = torch.zeros(rows.hidden.shape, dtype=waiting, device=weight.device) if wanted.hidden else None
+        self.bias = wide.new_zeros(self.vocabulary) if wanted.bias else None
+
+    def add(self, chunk: slice) -> None:
+        """Losses of the chunk's rows, and their part in the gradients."""
+        x, target = self.rows.take(self.rows.hidden, chunk), self.rows.target[chunk, None]
+        scores, tanh = self._scores(self.products.logits(x))
+        losses, probabilities = self._losses(scores, target)
+        if self.rows.ignored is not None:
+            losses = losses.masked_fill(self.rows.ignored[chunk], 0)
+        self.rows.put(losses, chunk, self.losses)
+        if self.wanted:
+            self._add_gradients(self._logit_gradient(probabilities, tanh, target, chunk), x, chunk)
+
+    def result(self) -> LossAndGradients:
+        """What all chunks add up to. Call it once, last."""
+        waiting, weight, bias = gradient_dtype(self.rows.hidden.dtype), None, self.bias
+        self.wide = self.capped = self.wide.new_empty(0)
+        if self.wanted.weight:
+            weight = self.products.weight_gradient(self.factor, waiting)
+        if bias is not None:
+            bias = (bias * self.factor).to(waiting)
+        return LossAndGradients(self.losses, self.rows.count, self.hidden, weight, bias)
+
+    def _factor(self) -> float | Tensor:
+        """What gradients of the sum of losses by the logits before the scale are multiplied by; 0 if no row counts."""
+        scale, count = self.spec.scale, self.rows.count
+        if self.spec.reduction != "mean":
+            return scale
+        if isinstance(count, Tensor):
+            return torch.where(count > 0, scale / count, 0.0).to(self.dtype)
+        return scale / count if count else 0.0
+
+    def _scores(self, logits: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Scaled and capped logits [C, V] in `dtype`, and the tanh that capped them."""
+        scale, softcap = self.spec.scale, self.spec.softcap
+        scores = logits if logits.dtype == self.dtype else self.wide[: logits.shape[0]].copy_(logits)
+        if not softcap:
+            return (scores if scale == 1.0 else scores.mul_(scale)), None
+        tanh = scores.mul_(scale / softcap).tanh_()
+        if not self.wanted:
+            return tanh.mul_(softcap), None
+        return torch.mul(tanh, softcap, out=self.capped[: logits.shape[0]]), tanh
+
+    def _losses(self, scores: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Losses [C] and softmax(scores) [C, V], which overwrites the scores on a CPU.
+
+        The largest probability is 1 / sum(exp(scores - max)), which spares a pass over the chunk for its logarithm.
+        """
+        smoothing = self.spec.label_smoothing
+        largest, chosen = scores.amax(-1), scores.gather(1, target).squeeze(1)
+        mean = scores.sum(-1) / self.vocabulary if smoothing else 0.0
+        in_place = scores.device.type == "cpu"  # row by row, each element read before it is written
+        probabilities = torch.softmax(scores, -1, out=scores) if in_place else torch.softmax(scores, -1)
+        logsumexp = largest - probabilities.amax(-1).log()
+        return logsumexp - (1.0 - smoothing) * chosen - smoothing * mean, probabilities
+
+    def _logit_gradient(self, gradient: Tensor, tanh: Tensor | None, target: Tensor, chunk: slice) -> Tensor:
+        """From the probabilities, in place: the gradient of ``upstream * losses`` by the logits before the scale."""
+        smoothing = self.spec.label_smoothing
+        chosen = gradient.gather(1, target) - (1.0 - smoothing)
+        gradient.scatter_(1, target, chosen)
+        if smoothing:
+            gradient.sub_(smoothing / self.vocabulary)
+        if tanh is not None:
+            gradient.addcmul_(gradient, tanh.square_(), value=-1)
+        if self.upstream is not None:
+            gradient.mul_(self.rows.take(self.upstream, chunk)[:, None])
+        if self.rows.ignored is not None:
+            gradient.masked_fill_(self.rows.ignored[chunk, None], 0)
+        return gradient
+
+    def _add_gradients(self, gradient: Tensor, x: Tensor, chunk: slice) -> None:
+        """gradient [C, V]: by the logits before the scale; x [C, H]. Overwrites the chunk's logits."""
+        if self.bias is not None:
+            self.bias.add_(gradient.sum(0))
+        hidden = self.products.gradients(gradient, x, hidden=self.hidden is not None)
+        if hidden is not None and self.hidden is not None:
+            self.rows.put((hidden.to(self.dtype) * self.factor).to(self.hidden.dtype), chunk, self.hidden)

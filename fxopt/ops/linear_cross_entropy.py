@@ -1,0 +1,89 @@
+"""``cross_entropy(hidden @ weight.T)`` that never holds the logits, for training and evaluation.
+
+`linear_cross_entropy` is what graphs and people call: it checks the arguments, works out which gradients will be asked
+for and calls the operator (`fxopt.ops.loss_operator`).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fxopt.ops.loss_operator import FORWARD
+
+__all__ = ["linear_cross_entropy"]
+
+REDUCTIONS = ("mean", "sum", "none")
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    *,
+    scale: float = 1.0,
+    softcap: float | None = None,
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+) -> Tensor:
+    """Cross-entropy of a linear layer's outputs without the outputs.
+
+    Equals ``F.cross_entropy(z.float(), target, ...)`` with ``l = scale * (hidden @ weight.T + bias)`` and
+    ``z = softcap * tanh(l / softcap)``, or ``z = l`` without a softcap. Logits are rounded to the inputs' dtype once,
+    by the matrix product; all after that is fp32.
+
+    Args:
+        hidden: [..., H], of any strides.
+        weight: [V, H], of hidden's dtype; a transposed [H, V] is as good, and gets a gradient of that layout.
+        bias: [V], of hidden's dtype, or None.
+        target: class indices, int64, hidden's shape without H, or the same number of them in any shape.
+        scale, softcap, label_smoothing, ignore_index: constants. The softcap is positive or None.
+        reduction: "mean" (over the rows not ignored; NaN if all are), "sum" or "none".
+
+    Returns:
+        A scalar, or for "none" the losses in target's shape. fp32 (fp64 for fp64 inputs), also for bf16 and fp16: cast
+        it where the loss was computed on narrow logits.
+
+    Raises:
+        ValueError, TypeError: for shapes, dtypes or options that do not fit.
+        IndexError: at run time on a CPU, for a target outside [0, V) that is not `ignore_index`.
+        RuntimeError: in the backward, if it is to be differentiated again (``create_graph=True``).
+
+    Gradients are computed for the inputs that require them where grad mode is on, both as they are when this is called
+    or traced. Ambient autocast is not looked at: cast the arguments.
+    """
+    _check_options(softcap, label_smoothing, reduction)
+    _check_tensors(hidden, weight, bias, target)
+    training = torch.is_grad_enabled()
+    losses, *_ = FORWARD(
+        hidden.reshape(-1, hidden.shape[-1]), weight, bias, target.reshape(-1),
+        scale, softcap or 0.0, label_smoothing, ignore_index, reduction,
+        training and hidden.requires_grad, training and weight.requires_grad,
+        training and bias is not None and bias.requires_grad,
+    )  # fmt: skip
+    return losses.reshape(target.shape) if reduction == "none" else losses
+
+
+def _check_options(softcap: float | None, label_smoothing: float, reduction: str) -> None:
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction is {reduction!r}: it must be one of {', '.join(REDUCTIONS)}")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap is {softcap}: it must be positive, or None for no cap")
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"label_smoothing is {label_smoothing}: it must be between 0 and 1")
+
+
+def _check_tensors(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor) -> None:
+    if hidden.dim() == 0 or weight.dim() != 2 or hidden.shape[-1] != weight.shape[1]:
+        raise ValueError(f"hidden [..., H] and weight [V, H] do not fit: {list(hidden.shape)} and {list(weight.shape)}")
+    if bias is not None and (bias.dim() != 1 or bias.shape[0] != weight.shape[0]):
+        raise ValueError(f"bias must be [{weight.shape[0]}], not {list(bias.shape)}")
+    if target.numel() * hidden.shape[-1] != hidden.numel():
+        raise ValueError(f"{target.numel()} targets do not fit hidden {list(hidden.shape)}: there must be one a row")
+    dtypes = [tensor.dtype for tensor in (hidden, weight, bias) if tensor is not None]
+    if len(set(dtypes)) > 1 or not dtypes[0].is_floating_point:
+        raise TypeError(f"hidden, weight and bias must share a floating dtype, not {', '.join(map(str, dtypes))}")
+    if target.dtype != torch.int64:
+        raise TypeError(f"target must be int64, not {target.dtype}")
