@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -47,6 +47,25 @@ def capture(gm: fx.GraphModule) -> Capture:
     result = Capture(gm, [])
     result.module = _Lowering(gm, result, {}).run()
     return result
+
+
+def trace(fn: Callable[..., Any], inputs: Mapping[str, Any]) -> fx.GraphModule:
+    """The canonical graph of a function of named tensors; other arguments are constants of the graph.
+
+    What patterns and tests are made of: the same lowering and clean-up as a model's graph. Real tensors are traced
+    through fake ones of their shape, dtype, strides and requires_grad.
+    """
+    tensors = {name: value for name, value in inputs.items() if isinstance(value, torch.Tensor)}
+    constants = {name: value for name, value in inputs.items() if name not in tensors}
+    mode = compat.fake_mode_of(list(tensors.values())) or compat.FakeTensorMode(allow_non_fake_inputs=True)
+    fakes = [value if isinstance(value, compat.FakeTensor) else mode.from_tensor(value) for value in tensors.values()]
+    gm = compat.trace_atens(lambda *given: fn(**dict(zip(tensors, given, strict=True)), **constants), fakes)
+    for node, fake in zip(gm.graph.find_nodes(op="placeholder"), fakes, strict=True):
+        node.meta["val"] = fake  # tracing records a detached one
+    propagate(gm)
+    simplify(gm)
+    gm.recompile()
+    return gm
 
 
 class _Lowering:

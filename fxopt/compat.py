@@ -39,7 +39,6 @@ __all__ = [
     "pytree",
     "tag_activation_checkpoint",
     "trace_atens",
-    "without_modes",
 ]
 
 class PassesThroughDynamo(ShortenTraceback):
@@ -85,8 +84,24 @@ def compile_graph(gm: fx.GraphModule, inputs: Sequence[Any], patches: Mapping[st
     from torch._functorch import config as functorch_config
     from torch._inductor.compile_fx import compile_fx
 
-    with functorch_config.patch(force_non_lazy_backward_lowering=True):
+    from fxopt import __version__
+
+    # Caches are keyed on the graph; what fxopt's operators do, backward too, depends on its version.
+    tag = f"{torch.compiler.config.cache_key_tag} fxopt {__version__}"
+    lowering = functorch_config.patch(force_non_lazy_backward_lowering=True)
+    with lowering, patched(torch.compiler.config, "cache_key_tag", tag):
         return compile_fx(gm, list(inputs), config_patches=dict(patches))  # type: ignore[return-value]
+
+
+@contextlib.contextmanager
+def patched(config: Any, name: str, value: Any) -> Iterator[None]:
+    """`config.name` is `value` within."""
+    before = getattr(config, name)
+    setattr(config, name, value)
+    try:
+        yield
+    finally:
+        setattr(config, name, before)
 
 
 def inductor_option_names() -> list[str]:
@@ -110,13 +125,6 @@ disabled_torch_function: Any = torch._C._disabled_torch_function_impl
 def forbid_data_pointer(tensor: torch.Tensor) -> None:
     """Make C++ code that asks `tensor`, which has no memory, for its data pointer raise instead of dereferencing null."""
     torch._C._set_throw_on_mutable_data_ptr(tensor)
-
-
-def without_modes() -> contextlib.AbstractContextManager[Any]:
-    """Within, operators run on the tensors they are given, past fake, tracing and user dispatch modes."""
-    from torch.utils._python_dispatch import _disable_current_modes
-
-    return _disable_current_modes()
 
 
 def has_onednn() -> bool:

@@ -3,93 +3,46 @@
 A training model returns its logits [..., V] beside the loss, and nobody reads them. The compiled graph returns the
 hidden states [..., H] instead, and `deferred` gives the caller a tensor of the right shape, dtype and device. The first
 access to its values computes ``tail(linear(hidden, weight, bias))``: of the rows looked at, or of all of them.
-
-What is computed is kept for as long as a tensor over it lives, as in eager mode: at most half of the rows piece by
-piece, then everything at once, so that no way of reading costs more than 1.5 times the projection. Before that the only
-things kept alive are the hidden states, the weight and the bias.
 """
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
-import math
-import threading
-from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from fxopt.compat import without_modes
-from fxopt.deferred_tensor import DeferredTensor, Geometry, Source, contiguous
+from fxopt.deferred_tensor import DeferredTensor
+from fxopt.deferred_values import Projection, Recipe, Values, autocast, project
 
-__all__ = ["DeferredTensor", "Projection", "deferred", "project"]
-
-_EAGER = 'options={"logits": "eager"}'
-
-
-@dataclasses.dataclass(frozen=True)
-class Projection:
-    """How a deferred output is computed from hidden states: ``tail(linear(hidden, weight, bias))``.
-
-    tail:     pointwise on the logits (scale, softcap, casts) and keeping their shape, or None.
-    dtype:    of the result.
-    autocast: the autocast dtype in force on the device when the model ran, None where autocast was off. It holds
-              whenever the output is read, whatever is in force then.
-    name:     what errors call the output, such as "logits (modeling_llama.py:468)".
-    """
-
-    tail: Callable[[Tensor], Tensor] | None
-    dtype: torch.dtype
-    autocast: torch.dtype | None
-    name: str
+__all__ = ["DeferredTensor", "Projection", "deferred"]
 
 
 def deferred(hidden: Tensor, weight: Tensor, bias: Tensor | None, projection: Projection) -> Tensor:
     """A tensor [..., V] of dtype `projection.dtype` whose values are computed when they are first read.
 
-    hidden: [..., H]; weight: [V, H], of any strides; bias: [V] or None. All on one device, plain strided tensors.
+    hidden: [..., H]; weight: [V, H], of any strides; bias: [V] or None. All on one device. Where one is a tensor
+    subclass (`DTensor`, quantized weights), the result is computed at once and is whatever the subclass makes of it.
 
     Autograd sees a function of those three that require gradients. Metadata, `detach`, casts, views, and indexing of
     the leading axes compute nothing; `clone`, being a snapshot, does. Where data are shared in eager mode they are
     shared here: the result can be changed in place, and its views, numpy arrays and data pointers see that.
 
-    Raises `ValueError` where the shapes do not fit and `TypeError` for tensor subclasses such as `DTensor`; reading
-    raises `RuntimeError` if weight, bias or hidden states were changed in place before the values were computed.
+    Raises `ValueError` where the shapes do not fit. Reading raises `RuntimeError` if weight, bias or hidden states were
+    changed in place before the values were computed.
     """
-    _check(hidden, weight, bias, projection.name)
-    inputs = [tensor for tensor in (hidden, weight, bias) if tensor is not None]
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs):
-        result: Tensor = _Defer.apply(hidden, weight, bias, projection)
-        return result
-    return DeferredTensor(DeferredSource(_Recipe.of(hidden, weight, bias, projection)))
+    _check_shapes(hidden, weight, bias, projection.name)
+    if not all(tensor is None or type(tensor.detach()) is Tensor for tensor in (hidden, weight, bias)):
+        return project(hidden, weight, bias, projection)
+    result: Tensor = _Defer.apply(hidden, weight, bias, projection)
+    return result
 
 
-def project(hidden: Tensor, weight: Tensor, bias: Tensor | None, projection: Projection) -> Tensor:
-    """Compute a deferred output, [..., V], under the autocast state that the model ran in. All of it passes here."""
-    with _autocast(hidden.device.type, projection.autocast):
-        logits = F.linear(hidden, weight, bias)
-        if projection.tail is not None:
-            logits = projection.tail(logits)
-    return logits.to(projection.dtype)
-
-
-def _autocast(device: str, dtype: torch.dtype | None) -> contextlib.AbstractContextManager[Any]:
-    if not torch.amp.is_autocast_available(device):
-        return contextlib.nullcontext()
-    return torch.autocast(device, dtype=dtype, enabled=dtype is not None, cache_enabled=False)
-
-
-def _check(hidden: Tensor, weight: Tensor, bias: Tensor | None, name: str) -> None:
+def _check_shapes(hidden: Tensor, weight: Tensor, bias: Tensor | None, name: str) -> None:
     if weight.dim() != 2 or hidden.dim() < 1 or hidden.shape[-1] != weight.shape[1]:
         raise ValueError(f"{name}: cannot project {list(hidden.shape)} by a weight of {list(weight.shape)}")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"{name}: a bias of {list(bias.shape)} does not fit a weight of {list(weight.shape)}")
-    for tensor in (hidden, weight, bias):
-        if tensor is not None and type(tensor) not in (Tensor, torch.nn.Parameter):
-            raise TypeError(f"{name} cannot be computed later from a {type(tensor).__name__}; use {_EAGER}")
 
 
 class _Defer(torch.autograd.Function):
@@ -100,219 +53,48 @@ class _Defer(torch.autograd.Function):
         ctx.save_for_backward(hidden, weight, bias)
         ctx.set_materialize_grads(False)  # undefined gradients would become zeros of [..., V]
         ctx.projection = projection
-        return DeferredTensor(DeferredSource(_Recipe.of(hidden, weight, bias, projection)))
+        return DeferredTensor(Values(Recipe.of(hidden, weight, bias, projection)))
 
     @staticmethod
     @torch.compiler.disable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        (grad,) = grads
-        needs = ctx.needs_input_grad[:3]
+        grad, needs, projection = grads[0], ctx.needs_input_grad[:3], ctx.projection
         if grad is None:
             return (None, None, None, None)
-        twice = torch.is_grad_enabled()  # create_graph=True
-        inputs = [_input(tensor, need, twice) for tensor, need in zip(ctx.saved_tensors, needs, strict=True)]
-        hidden, weight, bias = inputs
-        assert hidden is not None
-        assert weight is not None
-        with torch.enable_grad():
-            logits = project(hidden, weight, bias, ctx.projection)
-        wanted = [tensor for tensor, need in zip(inputs, needs, strict=True) if need and tensor is not None]
-        found = iter(torch.autograd.grad(logits, wanted, grad, create_graph=twice))
-        return (*(next(found) if need else None for need in needs), None)
+        if projection.tail is None and projection.autocast is None:
+            hidden, weight, _ = ctx.saved_tensors
+            return (*_linear_gradients(grad, hidden, weight, needs), None)
+        return (*_gradients(grad, ctx.saved_tensors, needs, projection), None)
+
+
+def _linear_gradients(grad: Tensor, hidden: Tensor, weight: Tensor, needs: tuple[bool, ...]) -> list[Tensor | None]:
+    """Of a linear layer alone, which needs none of the logits again."""
+    with autocast(grad.device.type, None):
+        grad = grad.to(hidden.dtype)
+        rows = grad.reshape(-1, weight.shape[0])
+        return [
+            grad @ weight if needs[0] else None,
+            rows.t() @ hidden.reshape(-1, weight.shape[1]) if needs[1] else None,
+            rows.sum(0) if needs[2] else None,
+        ]
+
+
+def _gradients(
+    grad: Tensor, inputs: tuple[Tensor | None, ...], needs: tuple[bool, ...], projection: Projection
+) -> list[Tensor | None]:
+    """By computing the projection again, connected to its inputs' history if a second derivative may follow."""
+    twice = torch.is_grad_enabled()  # create_graph=True
+    hidden, weight, bias = (_input(tensor, need, twice) for tensor, need in zip(inputs, needs, strict=True))
+    assert hidden is not None
+    assert weight is not None
+    with torch.enable_grad():
+        logits = project(hidden, weight, bias, projection)
+    wanted = [tensor for tensor, need in zip((hidden, weight, bias), needs, strict=True) if need and tensor is not None]
+    found = iter(torch.autograd.grad(logits, wanted, grad, create_graph=twice))
+    return [next(found) if need else None for need in needs]
 
 
 def _input(tensor: Tensor | None, need: bool, connected: bool) -> Tensor | None:
-    """`tensor` as an input to differentiate by: a leaf, or connected to its own history for a second derivative."""
     if tensor is None or (need and connected):
         return None if tensor is None else tensor.view_as(tensor)
     return tensor.detach().requires_grad_(need)
-
-
-class DeferredSource(Source):
-    """Values [..., V], contiguous, that a recipe computes when they are needed: of some rows, or of all."""
-
-    def __init__(self, recipe: _Recipe) -> None:
-        super().__init__(None, recipe.shape, recipe.dtype, recipe.hidden.device, recipe.projection.name)
-        self._recipe = recipe
-        self._pieces: dict[Geometry, Tensor] = {}
-        self._lock = threading.RLock()
-
-    def shared(self, view: Geometry) -> Tensor:
-        """The plain tensor at `view` of the values that all views share: computes everything."""
-        with self._lock, without_modes():  # Dynamo asks for this under a fake mode
-            if self.value is None:
-                self.value = self._recipe.compute(self._recipe.hidden)
-                self._pieces.clear()
-            return super().shared(view)
-
-    def values(self, view: Geometry) -> Tensor:
-        """The values at `view`, to be read and not written: computes the rows that it touches only, if they are few."""
-        with self._lock:
-            found = None if self.value is not None else rows_behind(view, self.shape[-1])
-            if found is None or (found[0] not in self._pieces and not self._few(found[0])):
-                return self.shared(view)
-            rows, within = found
-            if rows not in self._pieces:
-                self._pieces[rows] = self._recipe.compute(self._recipe.rows(rows))
-            return self._pieces[rows].as_strided(*within)
-
-    def cast(self, view: Geometry, dtype: torch.dtype) -> Source | None:
-        """The values at `view`, of whole rows, cast to `dtype` when they are needed; None where that cannot wait."""
-        rows = self._rows(view)
-        if rows is None:
-            return None
-        return DeferredSource(dataclasses.replace(self._recipe, hidden=rows, casts=(*self._recipe.casts, dtype)))
-
-    def take(self, view: Geometry, choose: Callable[[Tensor], Tensor]) -> Source | None:
-        """The values of the rows that `choose` copies from `view`; None where that cannot wait."""
-        rows = self._rows(view)
-        if rows is None:
-            return None
-        self._recipe.check_unchanged()  # hidden states are copied here, so now is the time to notice
-        stamps = tuple(stamp for stamp in self._recipe.stamps if stamp.role != _HIDDEN)
-        return DeferredSource(dataclasses.replace(self._recipe, hidden=choose(rows), stamps=stamps))
-
-    def _rows(self, view: Geometry) -> Tensor | None:
-        """The hidden states behind `view`; None where it does not show whole rows, or the values exist already."""
-        if self.value is not None:
-            return None
-        if view == contiguous(self.shape):
-            return self._recipe.hidden
-        found = rows_behind(view, self.shape[-1])
-        if found is None or found[1] != contiguous((*found[0][0], self.shape[-1])):
-            return None
-        return self._recipe.rows(found[0])
-
-    def _few(self, rows: Geometry) -> bool:
-        """Whether `rows` and the pieces so far are at most half of all: more, and computing everything is cheaper."""
-        vocabulary = max(self.shape[-1], 1)
-        wanted = math.prod(rows[0]) + sum(piece.numel() // vocabulary for piece in self._pieces.values())
-        return 2 * wanted <= self.shape[:-1].numel()
-
-
-_HIDDEN = "hidden states"
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Recipe:
-    """What is projected and how. hidden: [..., H], weight: [V, H], bias: [V] or None, detached.
-
-    casts:  applied after the projection, in order.
-    stamps: the state of the tensors that must not change before the values are computed.
-    """
-
-    hidden: Tensor
-    weight: Tensor
-    bias: Tensor | None
-    projection: Projection
-    casts: tuple[torch.dtype, ...]
-    stamps: tuple[_Stamp, ...]
-
-    @classmethod
-    def of(cls, hidden: Tensor, weight: Tensor, bias: Tensor | None, projection: Projection) -> _Recipe:
-        """Note the state that the tensors are in now. `detach` shares their version counters."""
-        hidden, weight = hidden.detach(), weight.detach()
-        bias = None if bias is None else bias.detach()
-        stamps = [_Stamp.of(_HIDDEN, hidden, None), _Stamp.of("weight", weight, _sample(weight))]
-        if bias is not None:
-            stamps.append(_Stamp.of("bias", bias, _sample(bias)))
-        return cls(hidden, weight, bias, projection, (), tuple(stamps))
-
-    @property
-    def shape(self) -> torch.Size:
-        return torch.Size((*self.hidden.shape[:-1], self.weight.shape[0]))
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.casts[-1] if self.casts else self.projection.dtype
-
-    def rows(self, rows: Geometry) -> Tensor:
-        """The hidden states [*sizes, H] at the geometry `rows`, counted in rows."""
-        sizes, strides, offset = rows
-        width = self.hidden.shape[-1]
-        hidden = self.hidden.contiguous()
-        steps = [stride * width for stride in strides]
-        return hidden.as_strided((*sizes, width), (*steps, 1), hidden.storage_offset() + offset * width)
-
-    def compute(self, rows: Tensor) -> Tensor:
-        """Project `rows` [..., H] to contiguous [..., V]. Raises `RuntimeError` if an input was changed since."""
-        self.check_unchanged()
-        # Not an inference tensor even when read in inference mode: it may be used and changed after that.
-        with torch.inference_mode(False), torch.no_grad():
-            values = project(rows, self.weight, self.bias, self.projection)
-            for dtype in self.casts:
-                values = values.to(dtype)
-            return values.contiguous()
-
-    def check_unchanged(self) -> None:
-        """Raise `RuntimeError` if hidden states, weight or bias are not what they were in the forward."""
-        for stamp in self.stamps:
-            if stamp.is_broken():
-                raise RuntimeError(
-                    f"{self.projection.name} is computed when it is first read, but the {stamp.role} it is computed "
-                    "from changed in place since the forward: optimizer.step() does that, for one. Read it before "
-                    f"optimizer.step(), or compile with {_EAGER} to have it computed in the forward."
-                )
-
-
-def rows_behind(view: Geometry, vocabulary: int) -> tuple[Geometry, Geometry] | None:
-    """The rows that a view of contiguous [..., V] values touches, and the view within [*rows, V]. None if it straddles.
-
-    An axis whose stride is a multiple of V goes from row to row; the others must stay within one. The first geometry
-    counts in rows, the second in values. This sees through any chain of views: slices, reshapes, transposes.
-    """
-    if not vocabulary or not math.prod(view[0]):
-        return None
-    rows: list[tuple[int, int, int]] = []
-    columns: list[tuple[int, int, int]] = []
-    for axis, (size, stride) in enumerate(zip(view[0], view[1], strict=True)):
-        (rows if size == 1 or stride % vocabulary == 0 else columns).append((axis, size, stride))
-    if view[2] % vocabulary + sum((size - 1) * stride for _, size, stride in columns) >= vocabulary:
-        return None
-    sizes = tuple(size for _, size, _ in rows)
-    strides = tuple(stride // vocabulary if size > 1 else 0 for _, size, stride in rows)
-    steps = contiguous((*sizes, vocabulary))[1]
-    within = {axis: step for (axis, _, _), step in zip(rows, steps, strict=False)}
-    within |= {axis: stride for axis, _, stride in columns}
-    order = tuple(within[axis] for axis in range(len(view[0])))
-    return (sizes, strides, view[2] // vocabulary), (view[0], order, view[2] % vocabulary)
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Stamp:
-    """The state of a tensor at some time.
-
-    version: autograd's count of changes in place; None for inference tensors, which have none.
-    pointer: its memory, which is gone after a storage was resized (as FSDP does).
-    sample:  some values, since the count misses what is written through `.data`, as some optimizers do.
-    """
-
-    role: str
-    tensor: Tensor
-    version: int | None
-    pointer: int
-    sample: Tensor | None
-
-    @classmethod
-    def of(cls, role: str, tensor: Tensor, sample: Tensor | None) -> _Stamp:
-        return cls(role, tensor, _version(tensor), tensor.data_ptr(), sample)
-
-    def is_broken(self) -> bool:
-        if _version(self.tensor) != self.version or self.tensor.data_ptr() != self.pointer:
-            return True
-        if self.sample is None:
-            return False
-        now, then = _sample(self.tensor).view(torch.uint8), self.sample.view(torch.uint8)  # for NaN is not equal to NaN
-        return not torch.equal(now, then)
-
-
-def _version(tensor: Tensor) -> int | None:
-    return None if tensor.is_inference() else tensor._version
-
-
-def _sample(tensor: Tensor) -> Tensor:
-    """A copy of up to 256 values, evenly spread over every axis: one small kernel, and no synchronisation."""
-    count = min(256, *tensor.shape)
-    steps = zip(tensor.shape, tensor.stride(), strict=True)
-    stride = sum(size // max(count, 1) * stride for size, stride in steps)
-    return tensor.as_strided((count,), (stride,), tensor.storage_offset()).clone()

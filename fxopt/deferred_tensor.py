@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -24,36 +24,31 @@ Geometry = tuple[tuple[int, ...], tuple[int, ...], int]
 """Sizes, strides and storage offset of a view of a source's values."""
 
 
-class Source:
-    """The values that a deferred tensor and its views share. Here they exist; `fxopt.deferred` computes its own.
+class Source(Protocol):
+    """The values that a deferred tensor and its views share, computed when they are needed.
 
     value: all of them, or None while they do not exist. Once they do, it is what every view shows and writing changes.
+    name:  what errors call them.
     """
 
-    def __init__(
-        self, value: Tensor | None, shape: torch.Size, dtype: torch.dtype, device: torch.device, name: str
-    ) -> None:
-        self.value, self.shape, self.dtype, self.device, self.name = value, shape, dtype, device, name
+    name: str
+    value: Tensor | None
+
+    @property
+    def like(self) -> tuple[torch.Size, torch.dtype, torch.device]:
+        """Shape, dtype and device of all the values, which are contiguous."""
 
     def shared(self, view: Geometry) -> Tensor:
-        """The plain tensor at `view` of the values that all views share."""
-        assert self.value is not None
-        sizes, strides, offset = view
-        if offset == 0 and sizes == tuple(self.value.shape) and strides == self.value.stride():
-            return self.value.view_as(self.value)
-        return self.value.as_strided(sizes, strides, self.value.storage_offset() + offset)
+        """The plain tensor at `view` of the values that all views share: computes everything."""
 
     def values(self, view: Geometry) -> Tensor:
-        """The values at `view`, to be read and not written."""
-        return self.shared(view)
+        """The values at `view`, to be read and not written: may compute less than everything."""
 
     def cast(self, view: Geometry, dtype: torch.dtype) -> Source | None:
-        """The values at `view` cast to `dtype`, as a source that is computed later; None where that cannot be."""
-        return None
+        """The values at `view` cast to `dtype`, as a source computed later; None where that cannot be."""
 
     def take(self, view: Geometry, choose: Callable[[Tensor], Tensor]) -> Source | None:
         """The values of the rows that `choose` copies, as a source computed later; None where that cannot be."""
-        return None
 
 
 def contiguous(shape: Sequence[int]) -> Geometry:
@@ -68,7 +63,9 @@ def contiguous(shape: Sequence[int]) -> Geometry:
 class DeferredTensor(Tensor):
     """A view of a source's values. Make one with `fxopt.deferred.deferred`.
 
-    Pickling, `copy.deepcopy` and `torch.save` give an ordinary tensor. Given to compiled code, it is computed first.
+    Pickling, `copy.deepcopy` and `torch.save` give an ordinary tensor. Code compiled by Dynamo has a graph break where
+    it uses one: as a traceable subclass (`__tensor_flatten__`), compiled code would not see which of its inputs share
+    values, and would compute wrong results where it writes to one of them.
     """
 
     _source: Source
@@ -77,9 +74,10 @@ class DeferredTensor(Tensor):
     @staticmethod
     def __new__(cls, source: Source, view: Geometry | None = None) -> DeferredTensor:
         """A tensor over `source` at `view`, by default all of it."""
-        sizes, strides, offset = view if view is not None else contiguous(source.shape)
+        shape, dtype, device = source.like
+        sizes, strides, offset = view if view is not None else contiguous(shape)
         self: DeferredTensor = Tensor._make_wrapper_subclass(
-            cls, sizes, strides=strides, storage_offset=offset, dtype=source.dtype, device=source.device
+            cls, sizes, strides=strides, storage_offset=offset, dtype=dtype, device=device
         )
         forbid_data_pointer(self)
         self._source = source
@@ -99,13 +97,15 @@ class DeferredTensor(Tensor):
     @torch.compiler.disable
     def ordinary(self) -> Tensor:
         """The same tensor to autograd and in memory, and no subclass: computes the values."""
+        if self.is_leaf:
+            return self.computed.detach().requires_grad_(self.requires_grad)
         self._source.shared(_geometry(self))
         with torch.enable_grad():
             return torch.ops.aten.alias.default(self)
 
     @classmethod
     @torch.compiler.disable
-    def __torch_dispatch__(cls, func: OpOverload, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+    def __torch_dispatch__(cls, func: OpOverload, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if torch.is_inference_mode_enabled():  # where composite operators arrive whole
             result = func.decompose(*args, **kwargs)
@@ -187,7 +187,7 @@ def _geometry(tensor: Tensor) -> Geometry:
 
 def _shape_of(this: DeferredTensor) -> Tensor:
     """A meta tensor with `this`'s sizes, strides and offset, to ask an operator for those of its result."""
-    whole = torch.empty(this._source.shape, dtype=this.dtype, device="meta")
+    whole = torch.empty(this._source.like[0], dtype=this.dtype, device="meta")
     return whole.as_strided(*_geometry(this))
 
 

@@ -15,11 +15,10 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from fxopt import compat
+from fxopt.capture import trace
 from fxopt.draw import SeededDraw
-from fxopt.fake import propagate, value_of
+from fxopt.fake import value_of
 from fxopt.rule import Pattern, Place, Refusal, Site
-from fxopt.simplify import simplify
 from fxopt.spelling import COMMUTES, Expr, read, skip_casts
 
 _SENTINEL = 0.731058578
@@ -210,10 +209,7 @@ def _described(node: Any) -> str:
 
 def _skeleton(rule: Pattern, spelling: Callable[..., Any]) -> Traced:
     """`spelling` traced on inputs the rule draws: its structure, whatever dtype and rank a site has."""
-    drawn = rule.inputs(SeededDraw(0))
-    mode = compat.FakeTensorMode(allow_non_fake_inputs=True)
-    names = list(inspect.signature(spelling).parameters)
-    return _trace(spelling, {name: mode.from_tensor(drawn[name]) if isinstance(drawn[name], Tensor) else drawn[name] for name in names})
+    return _trace(spelling, rule.inputs(SeededDraw(0)))
 
 
 def _retraced(spelling: Callable[..., Any], choice: dict[str, Any], memo: dict[Any, Traced]) -> Traced:
@@ -232,10 +228,7 @@ def _trace(spelling: Callable[..., Any], values: dict[str, Any]) -> Traced:
     names = list(inspect.signature(spelling).parameters)
     tensors = [name for name in names if isinstance(values.get(name), Tensor)]
     scalars = {_SENTINEL + 0.001 * index: name for index, name in enumerate(names) if name not in tensors}
-    constants = {name: value for value, name in scalars.items()}
-    gm = compat.trace_atens(lambda *given: spelling(**dict(zip(tensors, given, strict=True)), **constants), [values[name] for name in tensors])
-    propagate(gm)
-    simplify(gm)
+    gm = trace(spelling, {name: values[name] for name in tensors} | {name: value for value, name in scalars.items()})
     root = next(iter(reversed(gm.graph.nodes))).args[0]
     if not isinstance(root, fx.Node):
         raise TypeError(f"spelling {spelling.__name__} must return one tensor")

@@ -7,6 +7,7 @@ kinds commute with choosing rows, so a loss, or somebody who looks at three rows
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -66,7 +67,7 @@ class Projection:
 
         Raises `NoSite` where a step touches the vocabulary axis or has sizes known only at run time.
         """
-        return tuple(Move.of(step) for step in self.steps if step.target in MOVES and step.target not in _COPIES)
+        return moves_of(self.steps)
 
 
 def projection_of(node: fx.Node) -> Projection:
@@ -169,6 +170,11 @@ class Move:
         else:
             order = [dim % rank for dim in step.args[1]]  # type: ignore[operator,union-attr]
         return cls("permute", tuple(order))
+
+
+def moves_of(steps: Iterable[fx.Node]) -> tuple[Move, ...]:
+    """The moves among `steps`, in order. Raises `NoSite`."""
+    return tuple(Move.of(step) for step in steps if step.target in MOVES and step.target not in _COPIES)
 
 
 def moved_rows(hidden: Tensor, moves: tuple[Move, ...]) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor, fx
 
 from fxopt.fake import value_of
 from fxopt.ops.linear_cross_entropy import linear_cross_entropy
-from fxopt.projection import MOVES, POINTWISE, Move, Projection, check_moves, moved_rows, projection_of
+from fxopt.projection import MOVES, POINTWISE, Move, Projection, check_moves, moved_rows, moves_of, projection_of
 from fxopt.rule import Cost, Draw, NoSite, Region, Site
 
 aten = torch.ops.aten
@@ -36,7 +36,7 @@ def grow(anchor: fx.Node) -> Site | None:
         found = projection_of(loss.pop("logits"))
     except NoSite as no:
         raise NoSite(str(no), no.agreed + 1) from None
-    moves = found.moves()
+    moves = (*found.moves(), *moves_of(loss.pop("later", ())))
     check_moves(moves, value_of(found.linear).dim(), classes_at)
     scale, softcap = _scale_and_softcap(found.pointwise)
     branches = list(_branches_to_output(found, set(loss["nodes"])))
@@ -161,8 +161,9 @@ def _of_cross_entropy(node: fx.Node) -> dict[str, Any]:
 
 def _of_nll(node: fx.Node) -> dict[str, Any]:
     log_probabilities, target, weight, reduction, ignore_index = _bound(node)
-    softmax = _log_softmax_over(log_probabilities, 1 if value_of(log_probabilities).dim() > 1 else 0)
-    return _class_loss(softmax.args[0], target, weight, reduction, ignore_index, 0.0, (softmax, node))
+    softmax, later = _log_softmax_behind(log_probabilities)
+    _check_axis(softmax, -1 if later else 1)
+    return _class_loss(softmax.args[0], target, weight, reduction, ignore_index, 0.0, (softmax, *later, node)) | {"later": later}
 
 
 def _of_logsumexp(node: fx.Node) -> dict[str, Any]:
@@ -183,15 +184,16 @@ def _of_logsumexp(node: fx.Node) -> dict[str, Any]:
 
 def _of_gather(node: fx.Node) -> dict[str, Any] | None:
     """``gather(log_softmax(x, -1), -1, t)``, negated or not: the log probability of each row's target."""
-    softmax = node.args[0]
-    if not isinstance(softmax, fx.Node) or softmax.target is not aten.log_softmax.int:
+    try:
+        softmax, later = _log_softmax_behind(node.args[0])
+    except NoSite:
         return None
-    _log_softmax_over(softmax, value_of(softmax).dim() - 1)
+    _check_axis(softmax, -1)
     chain = _through_squeezes(node)
     users = list(chain[-1].users)
     negated = len(users) == 1 and users[0].target is aten.neg.default
     picked = _gathered(chain[-1])
-    return _row_loss(softmax.args[0], picked, (softmax, *chain, *(users if negated else ())), not negated)
+    return _row_loss(softmax.args[0], picked, (softmax, *later, *chain, *(users if negated else ())), not negated) | {"later": later}
 
 
 def _class_loss(logits: Any, target: Any, weight: Any, reduction: int, ignore_index: int, smoothing: float,
@@ -218,12 +220,21 @@ def _bound(node: fx.Node) -> list[Any]:
     return [given.get(argument.name, argument.default_value) for argument in schema.arguments]
 
 
-def _log_softmax_over(node: Any, axis: int) -> fx.Node:
+def _log_softmax_behind(node: Any) -> tuple[fx.Node, tuple[fx.Node, ...]]:
+    """The log_softmax that `node` is, or is rearranged from, and the steps that rearrange it, in order."""
+    later: list[fx.Node] = []
+    while isinstance(node, fx.Node) and node.target in MOVES:
+        later.append(node)
+        node = node.args[0]
     if not isinstance(node, fx.Node) or node.target is not aten.log_softmax.int:
         raise NoSite(f"{getattr(node, 'name', node)} is not a log_softmax", 1)
-    if node.args[1] % value_of(node).dim() != axis:  # type: ignore[operator]
-        raise NoSite(f"{node.name} normalises axis {node.args[1]}, the classes are axis {axis}", 2)
-    return node
+    return node, tuple(reversed(later))
+
+
+def _check_axis(softmax: fx.Node, axis: int) -> None:
+    rank = value_of(softmax).dim()
+    if softmax.args[1] % rank != axis % rank:  # type: ignore[operator]
+        raise NoSite(f"{softmax.name} normalises axis {softmax.args[1]}, the classes are axis {axis % rank}", 2)
 
 
 def _gathered(node: Any) -> dict[str, Any]:

@@ -72,8 +72,12 @@ def forward(s: Tensor, weight: Tensor | None, bias: Tensor | None, gate: Tensor 
     c = s.to(spec.compute)
     mean = c.mean(-1, keepdim=True) if spec.kind == "layer" else None
     d = c if mean is None else c - mean
+    del c  # tensors of x's size are let go of as early as can be: the planner counts them
     rstd = _inverse_scale(_mean_square(d), spec)
-    a = _affine(_normalized(d, rstd, spec), weight, bias, spec)
+    n = _normalized(d, rstd, spec)
+    del d
+    a = _affine(n, weight, bias, spec)
+    del n
     if gate is not None:
         a = a.to(spec.gated) * torch.nn.functional.silu(gate.to(spec.gated))
     return a.to(spec.output), rstd, mean
@@ -87,46 +91,46 @@ def gradients(upstream: Tensor, stream: Tensor | None, s: Tensor, weight: Tensor
     upstream, stream: gradients of the result and of s itself (or None), both [..., H]. The normalised values are
     computed again from s. Sums over rows are fp32 (fp64 for fp64) and rounded once.
     """
-    dtype = spec.backward
-    g, d, by_gate = upstream.to(dtype), _centred(s, mean, spec), None
-    n = _normalized(d, rstd, spec)
+    dtype, found = spec.backward, [None, None, None, None]  # type: tuple[torch.dtype, list[Tensor | None]]
+    g, d = upstream.to(dtype), s.to(spec.compute) if mean is None else s.to(spec.compute) - mean
+    follows, unit = _sensitivity(d, rstd, spec), d * rstd
+    n = _normalized(d, rstd, spec) if spec.rounded_rstd else unit.to(spec.normalized)
+    del d
     if gate is not None:
         slope, silu = _silu(gate.to(dtype))
-        by_gate = (g * _affine(n, weight, bias, spec) * slope).to(gate.dtype) if wanted[3] else None
+        if wanted[3]:
+            found[3] = (g * _affine(n, weight, bias, spec) * slope).to(gate.dtype)
         g = g * silu
-    by_bias = _over_rows(g).to(bias.dtype) if bias is not None and wanted[2] else None
-    by_weight = _over_rows(g * n).to(weight.dtype) if weight is not None and wanted[1] else None
+        del slope, silu
+    if bias is not None and wanted[2]:
+        found[2] = _over_rows(g).to(bias.dtype)
+    if weight is not None and wanted[1]:
+        found[1] = _over_rows(g * n).to(weight.dtype)
     del n
-    by_s = None
     if wanted[0]:
         g = g if weight is None else g * _scale(weight, spec).to(dtype)
-        by_s = _by_s(g, stream, d.to(dtype), rstd.to(dtype), spec).to(s.dtype)
-    return [by_s, by_weight, by_bias, by_gate]
+        found[0] = _by_s(g, unit.to(dtype), follows, rstd.to(dtype), stream, spec).to(s.dtype)
+    return found
 
 
-def _by_s(g: Tensor, stream: Tensor | None, d: Tensor, rstd: Tensor, spec: NormSpec) -> Tensor:
-    unit = d * rstd
-    along = (g * unit).mean(-1, keepdim=True) * _sensitivity(d, rstd, spec)
-    by_s = g - unit * along
+def _by_s(g: Tensor, unit: Tensor, follows: Tensor | float, rstd: Tensor, stream: Tensor | None, spec: NormSpec) -> Tensor:
+    """The formula of the module, `unit` being d * rstd and `follows` k; overwrites `unit`."""
+    along = (g * unit).mean(-1, keepdim=True) * follows
+    by_s = torch.sub(g, unit.mul_(along))
     if spec.kind == "layer":
-        by_s = by_s - g.mean(-1, keepdim=True)
-    by_s = by_s * rstd
-    return by_s if stream is None else by_s + stream
+        by_s.sub_(g.mean(-1, keepdim=True))
+    by_s.mul_(rstd)
+    return by_s if stream is None else by_s.add_(stream)
 
 
 def _sensitivity(d: Tensor, rstd: Tensor, spec: NormSpec) -> Tensor | float:
     """How much rstd follows the row's size, relative to eps_at "square": the k of the formula."""
     if spec.eps_at == "square":
         return 1.0
-    root = _mean_square(d).sqrt()
+    root = _mean_square(d).sqrt().to(spec.backward)
     if spec.eps_at == "floor":
         return (root >= spec.epsilon).to(root.dtype)
-    return torch.where(root == 0, 0.0, 1 / (root * rstd))  # as ATen has it, the norm of a zero row has gradient zero
-
-
-def _centred(s: Tensor, mean: Tensor | None, spec: NormSpec) -> Tensor:
-    c = s.to(spec.compute)
-    return c if mean is None else c - mean
+    return torch.where(root == 0, 0.0, 1 / (root * rstd.to(root.dtype)))  # as ATen has it, the norm of a zero row has gradient zero
 
 
 def _mean_square(d: Tensor) -> Tensor:
@@ -152,10 +156,10 @@ def _scale(weight: Tensor, spec: NormSpec) -> Tensor:
 
 
 def _affine(n: Tensor, weight: Tensor | None, bias: Tensor | None, spec: NormSpec) -> Tensor:
-    a = n.to(spec.affine)
+    n = n.to(spec.affine)
     if weight is not None:
-        a = a * _scale(weight, spec)
-    return a if bias is None else a + bias.to(spec.affine)
+        n = n * _scale(weight, spec)
+    return n if bias is None else n + bias.to(spec.affine)
 
 
 def _silu(gate: Tensor) -> tuple[Tensor, Tensor]:

@@ -149,12 +149,21 @@ def _backward_flops(upstream: Any, by_stream: Any, s: Any, weight: Any, bias: An
     return math.prod(s) * (1 + layer + by_s + 2 * need_weight + need_bias + by_gate)
 
 
-def _forward_memory(x: Tensor, *arguments: Any) -> OpMemory:
-    return OpMemory(_bytes(_fake_forward(x, *arguments)), 0)
+def _forward_memory(x: Tensor, residual: Maybe, *arguments: Any) -> OpMemory:
+    """Two tensors as large as x in `compute` at a time, fewer where x need not be widened."""
+    *factors, kind, _, _, compute = arguments[:7]
+    steps = sum(one is not None for one in factors) + (kind == "layer")
+    a_row = 2 * compute.itemsize + x.itemsize if x.dtype != compute else min(steps, 2) * compute.itemsize
+    return OpMemory(_bytes(_fake_forward(x, residual, *arguments)), x.numel() * a_row)
 
 
-def _backward_memory(upstream: Tensor, by_stream: Maybe, s: Tensor, *arguments: Any) -> OpMemory:
-    return OpMemory(_bytes(_fake_gradients(upstream, by_stream, s, *arguments)), 0)
+def _backward_memory(upstream: Tensor, by_stream: Maybe, s: Tensor, weight: Maybe, bias: Maybe, gate: Maybe,
+                     *arguments: Any) -> OpMemory:
+    """The normalised row and a product with it; the widened upstream; silu and its slope."""
+    wide = NormSpec(*arguments[2:-4]).backward
+    tensors = 2 + 2 * (upstream.dtype != wide) + 2 * (gate is not None)
+    outputs = _bytes(_fake_gradients(upstream, by_stream, s, weight, bias, gate, *arguments))
+    return OpMemory(outputs, s.numel() * wide.itemsize * tensors)
 
 
 def _bytes(tensors: Tensors) -> int:

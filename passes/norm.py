@@ -1,0 +1,389 @@
+"""RMS and layer norms, in the ways models write them, -> one op, with the residual add before it.
+
+Of the norms that transformers 5.23 writes by hand, 138 are one function (`rms_weight_after_cast`); the others are two
+dozen more, which differ in where they cast, where eps stands and what is multiplied when. The op keeps all of that.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+
+from fxopt.fake import value_of
+from fxopt.ops.norm import NormSpec, norm
+from fxopt.ops.products import accumulate_dtype
+from fxopt.rewrite import illegal
+from fxopt.rule import Cost, Draw, Pattern, Site
+
+aten = torch.ops.aten
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """What tells the spellings apart: with the dtypes of a site, a `NormSpec`.
+
+    wide:       "float32" or "kernel" (at least float32) where x is computed with in that. A spelling without casts
+                rounds at every step; the op only where it does too after the last: the normalised value, the result.
+    normalized: dtype to which the normalised value is cast before the weight: "x", or "weight" if that is narrow.
+    weight:     "float32" where the weight is cast to that; "plus one" where one is added in its own dtype.
+    output:     "x" where the result is cast to x's dtype, "site" where that is the kernel's business (autocast).
+    gated:      "before" or "after": where silu(gate), in float32, is multiplied to x or to the result.
+    row_eps:    whether eps bounds the length of the row, which is sqrt(width) times its root mean square.
+    """
+
+    kind: str = "rms"
+    wide: str = ""
+    normalized: str = ""
+    rounded_rstd: bool = False
+    weight: str = ""
+    offset: float = 0.0
+    output: str = ""
+    gated: str = ""
+    eps_at: str = "square"
+    row_eps: bool = False
+
+    def spec(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float | None) -> NormSpec:
+        """The norm of these tensors."""
+        compute = torch.float32 if self.wide == "float32" else accumulate_dtype(x.dtype)
+        normalized = compute if self.wide else x.dtype
+        if self.normalized == "x" or (self.normalized and weight is not None and weight.dtype.itemsize < 4):
+            normalized = x.dtype if self.normalized == "x" or weight is None else weight.dtype
+        factors = [torch.float32 if self.weight == "float32" else weight.dtype] if weight is not None else []
+        affine = functools.reduce(torch.promote_types, [*factors, *([] if bias is None else [bias.dtype])], normalized)
+        output = x.dtype if self.output else affine
+        return NormSpec(self.kind, eps, self.eps_at, compute, normalized, self.rounded_rstd, self.offset, affine, output)
+
+
+def replacement(*, x: Tensor, form: Form, weight: Tensor | None = None, bias: Tensor | None = None, gate: Tensor | None = None,
+                eps: float | None = None, residual: Tensor | None = None, output: torch.dtype | None = None,
+                contiguous: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+    """The norm in one op, and the new residual stream where there is a `residual` to add.
+
+    output: the result's dtype, where `form` does not say. contiguous: whether results are, whatever x is.
+    """
+    if form.weight == "plus one":
+        weight = None if weight is None else weight + 1
+    if form.row_eps and eps is not None:
+        eps = eps / x.shape[-1] ** 0.5
+    spec = form.spec(x, weight, bias, eps)
+    if output is not None:
+        spec = dataclasses.replace(spec, output=output)
+    x = x.contiguous() if contiguous else x
+    if form.gated == "before" and gate is not None:
+        x, gate = x.to(torch.float32) * F.silu(gate.to(torch.float32)), None
+    out, stream = norm(x, weight, bias, spec=spec, residual=residual, gate=gate)
+    return out if stream is None else (out, stream)
+
+
+def extend(site: Site) -> Site:
+    """Take in the residual add that makes x; the sum stays, as the second result.
+
+    Where the wider site may not be rewritten as one, the narrow one is kept.
+    """
+    site = _with_output(site)
+    total = site.inputs["x"]
+    if site.inputs["form"].gated == "before" or "contiguous" in site.inputs or not _is_residual_add(total):
+        return site
+    order = {node: index for index, node in enumerate(total.graph.nodes)}
+    if min(total.users, key=order.__getitem__) not in site.nodes:
+        return site  # the norm that reads the sum first takes it in: sites may not overlap
+    wider = dataclasses.replace(
+        site, outputs=(*site.outputs, total), nodes=(total, *site.nodes), detail=f"{site.detail}, with the add before it",
+        inputs=site.inputs | {"x": total.args[0], "residual": total.args[1]},
+    )  # fmt: skip
+    return site if [*illegal(wider, order, may_defer=False), *_surprises(wider)] else wider
+
+
+def objections(site: Site) -> Iterator[str]:
+    """Every reason to leave the norm alone."""
+    values = {name: site.value(name) for name in ("x", "weight", "bias", "gate") if name in site.inputs}
+    for name, value in values.items():
+        if not value.dtype.is_floating_point:
+            yield f"{_named(site, name)}: only floating point is normalised"
+    if len({value.device for value in values.values()}) > 1:
+        yield f"{' and '.join(_named(site, name) for name in values)} are on several devices"
+    eps = site.inputs.get("eps")
+    if eps is not None and type(eps) not in (int, float):
+        yield f"eps is {getattr(eps, 'name', eps)}, a value of the graph, not a number"
+    elif site.inputs["form"].row_eps and type(values["x"].shape[-1]) is not int:
+        yield f"the width of {_named(site, 'x')} is not known, and eps depends on it"
+    else:
+        yield from _surprises(site)
+    yield _cost(values["x"].device.type)
+
+
+def _cost(device: str) -> Cost:
+    if device == "cpu":
+        return Cost("Inductor fuses this norm as well on a CPU (bench/norm.py: the op takes 2 to 4 times as long)")
+    return Cost(f"Inductor fuses this norm as well, and fxopt has no kernel of its own for {device} yet")
+
+
+def _surprises(site: Site) -> Iterator[str]:
+    """Where the op would give another dtype or layout than the graph has: autocast, or an unusual x."""
+    x, form = site.value("x"), site.inputs["form"]
+    values = [site.value(name) if name in site.inputs else None for name in ("weight", "bias")]
+    dtype = site.inputs.get("output", form.spec(x, *values, None).output)
+    strides = _strides(x.new_empty(x.shape) if "contiguous" in site.inputs else torch.empty_like(x))
+    for node, expected in zip(site.outputs, (dtype, x.dtype), strict=False):
+        value = value_of(node)
+        if value.dtype != expected:
+            yield f"{node.name} is {value.dtype}, and would be {expected}"
+        if _strides(value) != strides:
+            yield f"{node.name} has strides {list(value.stride())}, and would have {strides}"
+
+
+def _with_output(site: Site) -> Site:
+    """Note on the site what a kernel chose: fp32 under autocast, or contiguous results for an x that is not."""
+    x, out, noted = site.value("x"), value_of(site.anchor), dict[str, Any]()
+    if site.inputs["form"].wide == "kernel":
+        noted["output"] = out.dtype
+    if _strides(out) != _strides(torch.empty_like(x)) and _strides(out) == _strides(x.new_empty(x.shape)):
+        noted["contiguous"] = True
+    return dataclasses.replace(site, inputs=site.inputs | noted)
+
+
+def _is_residual_add(node: Any) -> bool:
+    """Whether `node` adds two tensors of its own shape and dtype."""
+    if not isinstance(node, fx.Node) or node.target is not aten.add.Tensor or len(node.args) != 2 or node.kwargs:
+        return False
+    values = [value_of(item) for item in node.args]
+    return all(isinstance(value, Tensor) and _facts(value) == _facts(value_of(node)) for value in values)
+
+
+def _facts(value: Tensor) -> tuple[str, torch.dtype, str]:
+    """As text: comparing symbolic sizes by value would install guards."""
+    return str(tuple(value.shape)), value.dtype, str(value.device)
+
+
+def _strides(value: Tensor) -> str:
+    return str([str(stride) for size, stride in zip(value.shape, value.stride(), strict=True) if str(size) != "1"])
+
+
+def _named(site: Site, name: str) -> str:
+    value = site.value(name)
+    return f"{site.inputs[name].name} ({str(value.dtype).removeprefix('torch.')}{list(value.shape)})"
+
+
+# --- what users write: RMS norms ---------------------------------------------------------------------------------
+
+Spelling = Callable[..., Tensor]
+
+
+def rms_weight_after_cast(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Llama, and most others."""
+    h = x.to(torch.float32)
+    h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps)
+    return weight * h.to(x.dtype)
+
+
+def rms_weight_before_cast(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """OLMo 2, gpt-oss."""
+    h = x.to(torch.float32)
+    h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps)
+    return (weight * h).to(x.dtype)
+
+
+def rms_float_weight(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Gemma 4, Moshi, Nemotron-H."""
+    h = x.float()
+    h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps)
+    return (h * weight.float()).type_as(x)
+
+
+def rms_one_plus_weight(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Gemma."""
+    h = x.float()
+    h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps)
+    return (h * (1.0 + weight.float())).type_as(x)
+
+
+def rms_promoted(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """T5: a narrow x times an fp32 factor, back to the weight's dtype if that is narrow."""
+    h = x * torch.rsqrt(x.to(torch.float32).pow(2).mean(-1, keepdim=True) + eps)
+    return weight * (h.to(weight.dtype) if weight.dtype.itemsize < 4 else h)
+
+
+def rms_without_weight(x: Tensor, eps: float) -> Tensor:
+    """nanochat; Llama 4 before its weight."""
+    h = x.float()
+    return (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps)).type_as(x)
+
+
+def rms_left_wide(x: Tensor, eps: float) -> Tensor:
+    """Grouped norms of Mamba 2, which go back to x's dtype after a view."""
+    h = x.float()
+    return h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps)
+
+
+def rms_rounded_factor(x: Tensor, eps: float) -> Tensor:
+    """DeepSeek V4."""
+    return x * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + eps).to(x.dtype)
+
+
+def rms_then_gate(x: Tensor, weight: Tensor, gate: Tensor, eps: float) -> Tensor:
+    """Qwen3-Next."""
+    h = x.to(torch.float32)
+    h = weight * (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
+    return (h * F.silu(gate.to(torch.float32))).to(x.dtype)
+
+
+def rms_wide_then_gate(x: Tensor, weight: Tensor, gate: Tensor, eps: float) -> Tensor:
+    """Kimi Linear."""
+    h = x.to(torch.float32)
+    h = weight.to(torch.float32) * (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps))
+    return (h * F.silu(gate.to(torch.float32))).to(x.dtype)
+
+
+def gate_then_rms(x: Tensor, weight: Tensor, gate: Tensor, eps: float) -> Tensor:
+    """Mamba 2 with one group."""
+    h = x.to(torch.float32) * F.silu(gate.to(torch.float32))
+    h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps)
+    return weight * h.to(x.dtype)
+
+
+# Without casts; an x that was cast before is the x of these, so that they are what is left for all other casts.
+
+
+def rms(x: Tensor, eps: float) -> Tensor:
+    """ImageGPT, and most tutorials."""
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
+
+
+def rms_of_sum(x: Tensor, eps: float) -> Tensor:
+    """The mean by hand."""
+    return x * torch.rsqrt(x.pow(2).sum(-1, keepdim=True) / x.shape[-1] + eps)
+
+
+def rms_of_length(x: Tensor, eps: float) -> Tensor:
+    """By vector norm, eps inside the root."""
+    return x * torch.rsqrt(x.norm(2, dim=-1, keepdim=True).pow(2) / x.shape[-1] + eps)
+
+
+def rms_eps_outside(x: Tensor, eps: float) -> Tensor:
+    """By vector norm, eps outside the root: the reference code of the paper (arXiv:1910.07467)."""
+    return x / (x.norm(2, dim=-1, keepdim=True) * x.shape[-1] ** -0.5 + eps)
+
+
+def rms_eps_as_floor(x: Tensor, eps: float) -> Tensor:
+    """By vector norm, eps as the least divisor: x-transformers, older."""
+    return x / (x.norm(dim=-1, keepdim=True) * x.shape[-1] ** -0.5).clamp(min=eps)
+
+
+def unit_length(x: Tensor, eps: float) -> Tensor:
+    """By `normalize`, eps as the least length of the row: x-transformers."""
+    return F.normalize(x, dim=-1, eps=eps) * x.shape[-1] ** 0.5
+
+
+# --- layer norms -------------------------------------------------------------------------------------------------
+
+
+def layer_wide(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Cohere."""
+    h = x.to(torch.float32)
+    mean = h.mean(-1, keepdim=True)
+    h = (h - mean) * torch.rsqrt((h - mean).pow(2).mean(-1, keepdim=True) + eps)
+    return (weight.to(torch.float32) * h).to(x.dtype)
+
+
+def layer_affine_after_cast(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """DeBERTa."""
+    h = x.float()
+    mean = h.mean(-1, keepdim=True)
+    h = (h - mean) / torch.sqrt((h - mean).pow(2).mean(-1, keepdim=True) + eps)
+    return weight * h.to(x.dtype) + bias
+
+
+def layer(x: Tensor, eps: float) -> Tensor:
+    """By hand."""
+    mean = x.mean(-1, keepdim=True)
+    return (x - mean) * torch.rsqrt((x - mean).pow(2).mean(-1, keepdim=True) + eps)
+
+
+def layer_by_unbiased(x: Tensor, eps: float) -> Tensor:
+    """By `var`, as it was spelled until torch 1.7."""
+    return (x - x.mean(-1, keepdim=True)) * torch.rsqrt(x.var(-1, unbiased=False, keepdim=True) + eps)
+
+
+def layer_by_correction(x: Tensor, eps: float) -> Tensor:
+    """By `var`, as it is spelled now."""
+    return (x - x.mean(-1, keepdim=True)) * torch.rsqrt(x.var(-1, correction=0, keepdim=True) + eps)
+
+
+def layer_eps_outside(x: Tensor, eps: float) -> Tensor:
+    """By `std`, eps outside the root."""
+    return (x - x.mean(-1, keepdim=True)) / (x.std(-1, unbiased=False, keepdim=True) + eps)
+
+
+# --- torch's own -------------------------------------------------------------------------------------------------
+
+
+def layer_norm_one_plus_weight(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """Nemotron, VideoPrism."""
+    return F.layer_norm(x, x.shape[-1:], weight + 1.0, bias, eps)
+
+
+def layer_norm(x: Tensor, eps: float) -> Tensor:
+    """OLMo."""
+    return F.layer_norm(x, x.shape[-1:], eps=eps)
+
+
+def layer_norm_weight(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """`nn.LayerNorm(bias=False)`."""
+    return F.layer_norm(x, x.shape[-1:], weight, eps=eps)
+
+
+def layer_norm_weight_bias(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """`nn.LayerNorm`."""
+    return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+
+
+def rms_norm(x: Tensor, eps: float) -> Tensor:
+    """`nn.RMSNorm(elementwise_affine=False)`."""
+    return F.rms_norm(x, x.shape[-1:], eps=eps)
+
+
+def rms_norm_weight(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """`nn.RMSNorm`."""
+    return F.rms_norm(x, x.shape[-1:], weight, eps)
+
+
+# --- all of them -------------------------------------------------------------------------------------------------
+
+
+def times_weight(core: Spelling) -> Spelling:
+    """`core` and a weight."""
+
+    def spelling(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        return weight * core(x, eps)
+
+    spelling.__name__ = f"{core.__name__}_weight"
+    return spelling
+
+
+def times_weight_plus_bias(core: Spelling) -> Spelling:
+    """`core`, a weight and a bias."""
+
+    def spelling(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+        return weight * core(x, eps) + bias
+
+    spelling.__name__ = f"{core.__name__}_weight_bias"
+    return spelling
+
+
+def by_default(kernel: Spelling) -> Spelling:
+    """`kernel` with the eps it has when none is given: graphs do not write it."""
+    names = [name for name in inspect.signature(kernel).parameters if name not in ("x", "eps")]
+    function = F.layer_norm if kernel.__name__.startswith("layer") else F.rms_norm
+
+    def spelling(x: Tensor, **factors: Tensor) -> Tensor:
+        return function(x, x.shape[-1:], **factors)
+
+    spelling.__name__ = f"{kernel.__name__}_default_eps"
+    spelling.__signature__ = ...
+    return spelling
