@@ -12,6 +12,19 @@ from fxopt.rule import Cost, NoSite, Pattern, Refusal, Region, Rewrite, Rule, Si
 __version__ = "0.1.0"
 
 __all__ = [
-    "Cost", "FxoptWarning", "NoSite", "OptionError", "Options", "Pattern", "Refusal", "Region", "Report", "Rewrite", "Rule",
-    "Site", "clear_reports", "explain", "reports",
+    "Cost",
+    "FxoptWarning",
+    "NoSite",
+    "OptionError",
+    "Options",
+    "Pattern",
+    "Refusal",
+    "Region",
+    "Report",
+    "Rewrite",
+    "Rule",
+    "Site",
+    "clear_reports",
+    "explain",
+    "reports",
 ]

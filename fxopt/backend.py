@@ -13,15 +13,20 @@ from fxopt import compat, verify
 from fxopt.differential import same_function
 from fxopt.options import Options
 from fxopt.outputs import OutputPlan, defer_outputs
-from fxopt.report import GraphReport, Report, record
+from fxopt.report import GraphReport, Report, record, reports
 from fxopt.rewrite import apply_rule, copy_module
 from fxopt.stages import Stages
 
 Compiler = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]
 
 
-def fxopt(gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None,
-          mode: str | None = None) -> Callable[..., Any]:
+def fxopt(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: Mapping[str, Any] | None = None,
+    mode: str | None = None,
+) -> Callable[..., Any]:
     """The backend that Dynamo calls with each graph.
 
     options: see `fxopt.Options`. mode: as torch.compile's, handed to Inductor.
@@ -29,14 +34,19 @@ def fxopt(gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: Mapping
     """
     parsed = Options.parse(options)
     patches = compat.mode_options(mode) | dict(parsed.inductor)
-    found, compiled = run(gm, example_inputs, parsed, lambda graph, inputs: compat.compile_graph(graph, inputs, patches))
+    name = f"graph {len(reports())}"
+    found, compiled = run(
+        gm, example_inputs, parsed, lambda graph, inputs: compat.compile_graph(graph, inputs, patches), name
+    )
     record(Report([found]))
     return compiled
 
 
-def run(gm: fx.GraphModule, inputs: Sequence[Any], options: Options, compiler: Compiler) -> tuple[GraphReport, Callable[..., Any]]:
+def run(
+    gm: fx.GraphModule, inputs: Sequence[Any], options: Options, compiler: Compiler, name: str = "graph 0"
+) -> tuple[GraphReport, Callable[..., Any]]:
     """Take one Dynamo graph through the stages. Returns what was decided and the callable for Dynamo."""
-    stages = Stages(gm, options)
+    stages = Stages(gm, options, name)
     graph = stages.run("capture", lambda: capture(gm, stages), otherwise=gm)
     graph, deferrable = stages.run("rewrite", lambda: rewrite(graph, inputs, stages), otherwise=(graph, []))
     graph, plan = stages.run("outputs", lambda: defer(graph, deferrable, stages), otherwise=(graph, OutputPlan()))
@@ -85,7 +95,9 @@ def defer(gm: fx.GraphModule, names: Sequence[str], stages: Stages) -> tuple[fx.
     return graph, plan
 
 
-def explain(model: torch.nn.Module | Callable[..., Any], *args: Any, options: Mapping[str, Any] | None = None, **kwargs: Any) -> Report:
+def explain(
+    model: torch.nn.Module | Callable[..., Any], *args: Any, options: Mapping[str, Any] | None = None, **kwargs: Any
+) -> Report:
     """Say what fxopt would do to `model` called with `args` and `kwargs`, without compiling anything.
 
     The model runs once, forward only, as Dynamo sees it; its parameters and gradients are untouched. Returns one
@@ -95,7 +107,7 @@ def explain(model: torch.nn.Module | Callable[..., Any], *args: Any, options: Ma
     found = Report()
 
     def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        graph, _ = run(gm, inputs, parsed, lambda graph, _: graph.forward)
+        graph, _ = run(gm, inputs, parsed, lambda graph, _: graph.forward, f"graph {len(found.graphs)}")
         graph.timings.pop("compile", None)
         found.graphs.append(graph)
         return gm.forward

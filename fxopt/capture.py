@@ -81,7 +81,11 @@ class _Lowering:
         for node in self.gm.graph.nodes:
             self.result.nodes += 1
             self.env[node] = self.lower(node)
-        kept = {str(node.target): operator.attrgetter(str(node.target))(self.gm) for node in self.gm.graph.nodes if node.op in _ATTRIBUTES}
+        kept = {
+            str(node.target): operator.attrgetter(str(node.target))(self.gm)
+            for node in self.gm.graph.nodes
+            if node.op in _ATTRIBUTES
+        }
         module = fx.GraphModule(kept | self.attributes, self.graph, class_name="Canonical")
         module.meta = dict(self.gm.meta)
         propagate(module)
@@ -145,7 +149,11 @@ class _Lowering:
     def splice(self, traced: fx.GraphModule, node: fx.Node, inputs: list[fx.Node]) -> Any:
         holes = [inner for inner in traced.graph.nodes if inner.op == "placeholder"]
         env: dict[fx.Node, Any] = dict(zip(holes, (self.env[argument] for argument in inputs), strict=True))
-        env |= {inner: self.constant(getattr(traced, inner.target)) for inner in traced.graph.nodes if inner.op == "get_attr"}
+        env |= {
+            inner: self.constant(getattr(traced, inner.target))
+            for inner in traced.graph.nodes
+            if inner.op == "get_attr"
+        }
         given = set(env)
         out = self.graph.graph_copy(traced.graph, env)
         provenance = {key: node.meta[key] for key in _PROVENANCE if key in node.meta}

@@ -41,6 +41,7 @@ __all__ = [
     "trace_atens",
 ]
 
+
 class PassesThroughDynamo(ShortenTraceback):
     """An exception that reaches the user as it is: Dynamo wraps any other that a backend raises."""
 

@@ -238,9 +238,17 @@ def _new(func: OpOverload, this: DeferredTensor, args: Any, kwargs: Any) -> Tens
 
 
 _NEW = (
-    aten.empty_like.default, aten.zeros_like.default, aten.ones_like.default, aten.full_like.default,
-    aten.rand_like.default, aten.randn_like.default, aten.new_empty.default, aten.new_empty_strided.default,
-    aten.new_zeros.default, aten.new_ones.default, aten.new_full.default,
+    aten.empty_like.default,
+    aten.zeros_like.default,
+    aten.ones_like.default,
+    aten.full_like.default,
+    aten.rand_like.default,
+    aten.randn_like.default,
+    aten.new_empty.default,
+    aten.new_empty_strided.default,
+    aten.new_zeros.default,
+    aten.new_ones.default,
+    aten.new_full.default,
 )
 _WITHOUT_VALUES: dict[OpOverload, Callable[[OpOverload, DeferredTensor, Any, Any], Any]] = {
     aten._to_copy.default: _to_copy,
@@ -302,9 +310,11 @@ def _after_write(func: OpOverload, use: _Use) -> None:
     value, shared = use.deferred, use.deferred._source.value
     if use.plain.shape != value.shape:
         raise RuntimeError(f"{_ways_out(value)}: {func} resized it from {list(value.shape)} to {list(use.plain.shape)}")
-    # Autograd counts the write for `value`; compiled code may have saved the plain values, and must be told too.
-    if shared is not None and not shared.is_inference():
-        torch.autograd.graph.increment_version(shared)
+    # Most operators count a write to `value` before they come here, but not `_foreach_mul_` and its like, and its older
+    # views would keep their gradients. Compiled code may have saved the plain values, and must be told too.
+    for tensor in (value, shared):
+        if tensor is not None and not tensor.is_inference():
+            torch.autograd.graph.increment_version(tensor)
 
 
 def _ways_out(value: DeferredTensor) -> str:

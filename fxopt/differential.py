@@ -57,7 +57,9 @@ def _run(gm: fx.GraphModule, inputs: Sequence[Any]) -> dict[str, torch.Tensor | 
     device = next((item.device.type for item in given if isinstance(item, torch.Tensor)), "cpu")
     with torch.enable_grad(), torch.autocast(device, enabled=False):
         outputs = [item for item in compat.pytree.tree_leaves(module(*work)) if isinstance(item, torch.Tensor)]
-        found: dict[str, torch.Tensor | None] = {f"output {index}": item.detach() for index, item in enumerate(outputs) if _is_float(item)}
+        found: dict[str, torch.Tensor | None] = {
+            f"output {index}": item.detach() for index, item in enumerate(outputs) if _is_float(item)
+        }
         losses = [_weighed(item) for item in outputs if item.requires_grad]
         if losses and leaves:
             gradients = torch.autograd.grad(torch.stack(losses).sum(), leaves, allow_unused=True)

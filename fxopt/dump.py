@@ -5,6 +5,7 @@ The file defines the graph as a module, draws inputs of the recorded shapes, and
 
 from __future__ import annotations
 
+import keyword
 import operator
 import re
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ import torch
 from torch import fx
 
 from fxopt.fake import value_of
+from fxopt.rewrite import copy_module
 from fxopt.rule import Place
 
 _HEADER = '''"""{title}
@@ -53,10 +55,36 @@ if __name__ == "__main__":
 
 def to_source(gm: fx.GraphModule, title: str, epilogue: str = "") -> str:
     """`gm`, whose nodes carry fake values, as a runnable Python file."""
+    gm = _with_short_names(copy_module(gm))
     classes: list[str] = []
     root = _class_source(gm, "Graph", classes)
-    inputs = [f"        {_input_source(value_of(node))},  # {node.name}" for node in gm.graph.nodes if node.op == "placeholder"]
-    return _HEADER.format(title=title) + "\n\n".join(classes) + _FOOTER.format(inputs="\n".join(inputs), root=root) + epilogue
+    inputs = [
+        f"        {_input_source(value_of(node))},  # {node.name}"
+        for node in gm.graph.nodes
+        if node.op == "placeholder"
+    ]
+    return (
+        _HEADER.format(title=title)
+        + "\n\n".join(classes)
+        + _FOOTER.format(inputs="\n".join(inputs), root=root)
+        + epilogue
+    )
+
+
+def _with_short_names(gm: fx.GraphModule) -> fx.GraphModule:
+    """Inputs named as a reader would: Dynamo's ``L_self_modules_lm_head_parameters_weight_`` is ``lm_head_weight``."""
+    taken = {node.name for node in gm.graph.nodes if node.op != "placeholder"}
+    for node in gm.graph.find_nodes(op="placeholder"):
+        short = re.sub(r"^L_(self_|kwargs_|args_)*|_?(modules|parameters|buffers)(?=_)|_$", "", str(node.target)).strip(
+            "_"
+        )
+        name = short if short.isidentifier() and not keyword.iskeyword(short) else node.name
+        while name in taken:
+            name += "_"
+        taken.add(name)
+        node.name = node.target = name
+    gm.recompile()
+    return gm
 
 
 def write(gm: fx.GraphModule, path: Path, title: str, epilogue: str = "") -> Path:
@@ -79,7 +107,8 @@ def _class_source(gm: fx.GraphModule, name: str, classes: list[str]) -> str:
 
 def _attribute_source(value: Any, name: str, classes: list[str]) -> str:
     if isinstance(value, fx.GraphModule):
-        return f"{_class_source(value, name, classes)}()"
+        # A higher-order operator interprets its body, so it must be a graph again.
+        return f"fx.symbolic_trace({_class_source(value, name, classes)}())"
     if isinstance(value, torch.Tensor):
         if value.numel() <= 64 and not _is_fake(value):
             return f"torch.tensor({value.tolist()!r}, dtype={value.dtype})"
@@ -97,7 +126,9 @@ def _annotated(gm: fx.GraphModule) -> Iterator[str]:
     """fx's code for `gm`, with a comment wherever the source line or the rule changes, and each value's type."""
     nodes = {node.name: node for node in gm.graph.nodes}
     last: tuple[str, str] | None = None
-    for line in gm.graph.python_code("self").src.splitlines():
+    for line in gm.graph.python_code("self").src.strip().splitlines():
+        if line.startswith("def forward"):
+            line = _wrapped_signature(gm)
         match = re.match(r"\s+(\w+)(?: : [^=]+)? = ", line)
         node = nodes.get(match.group(1)) if match else None
         if node is not None and node.op not in ("placeholder", "get_attr"):
@@ -107,6 +138,14 @@ def _annotated(gm: fx.GraphModule) -> Iterator[str]:
                 last = where
             line = f"{line.split(';')[0]}  # {_type_text(value_of(node))}"
         yield f"    {line}"
+
+
+def _wrapped_signature(gm: fx.GraphModule) -> str:
+    """One argument a line, with its type: a model has hundreds."""
+    arguments = [
+        f"        {node.target},  # {_type_text(value_of(node))}" for node in gm.graph.find_nodes(op="placeholder")
+    ]
+    return "\n".join(["def forward(", "        self,", *arguments, "    ):"])
 
 
 def _comment(node: fx.Node) -> tuple[str, str]:
@@ -127,7 +166,11 @@ def _input_source(value: Any) -> str:
         return repr(_number(value))
     shape, stride = [_number(size) for size in value.shape], [_number(step) for step in value.stride()]
     storage = 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True)) if all(shape) else 0
-    drawn = f"torch.randn({storage}).to({value.dtype})" if value.dtype.is_floating_point else f"torch.randint(0, 2, ({storage},)).to({value.dtype})"
+    drawn = (
+        f"torch.randn({storage}).to({value.dtype})"
+        if value.dtype.is_floating_point
+        else f"torch.randint(0, 2, ({storage},)).to({value.dtype})"
+    )
     grad = ".requires_grad_()" if value.requires_grad and value.is_leaf else ""
     return f"{drawn}.as_strided({tuple(shape)}, {tuple(stride)}).clone(memory_format=torch.preserve_format){grad}"
 

@@ -58,7 +58,9 @@ class _Propagator(fx.Interpreter):
         if node.op == "get_attr":
             return isinstance(value_of(node), torch.Tensor)
         recorded = value_of(node)
-        return node.op == "call_module" or (isinstance(node.target, compat.HigherOrderOperator) and recorded is not None)
+        return node.op == "call_module" or (
+            isinstance(node.target, compat.HigherOrderOperator) and recorded is not None
+        )
 
 
 def _autocast_dtype(value: Any) -> torch.dtype | None:

@@ -24,7 +24,10 @@ _REPRO = '''
 
 
 def reproduce():
-    """Compile the graph above with fxopt; the warning that wrote this file appears again."""
+    """Compile the graph above with fxopt; the warning that wrote this file appears again.
+
+    Rules of your own are named in the options below: put the objects in their place.
+    """
     compiled = torch.compile(Graph(), backend="fxopt", options={options!r})
     print(compiled(*inputs()))
 
@@ -41,23 +44,31 @@ def warn_once(part: str, consequence: str, error: BaseException, gm: fx.GraphMod
 
     Returns the note for the report.
     """
-    summary = f"{part} failed ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}); {consequence}"
+    summary = (
+        f"{part} failed ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}); {consequence}"
+    )
     key = part, type(error).__name__
     if key in _WARNED:
         return summary
     _WARNED.add(key)
-    warnings.warn(f"fxopt: {summary}. Reproduce with: {_write_repro(part, error, gm, options)}", FxoptWarning, stacklevel=3)
+    warnings.warn(
+        f"fxopt: {summary}. Reproduce with: {_write_repro(part, error, gm, options)}", FxoptWarning, stacklevel=3
+    )
     return summary
 
 
 def _write_repro(part: str, error: BaseException, gm: fx.GraphModule, options: dict[str, object]) -> str:
     lines = "".join(traceback.format_exception(error)).splitlines()
     epilogue = _REPRO.format(
-        error=f"{part} failed: {type(error).__name__}", traceback="\n".join(f"# {line}" for line in lines), options=options
+        error=f"{part} failed: {type(error).__name__}",
+        traceback="\n".join(f"# {line}" for line in lines),
+        options=options,
     )
     try:
         directory = Path(tempfile.mkdtemp(prefix="fxopt-repro-"))
-        path = dump.write(gm, directory / f"{part.replace(' ', '_').replace(chr(39), '')}.py", f"Repro: {part} failed.", epilogue)
+        path = dump.write(
+            gm, directory / f"{part.replace(' ', '_').replace(chr(39), '')}.py", f"Repro: {part} failed.", epilogue
+        )
         return f"python {path}"
     except Exception as failure:  # a repro that cannot be written must not cost the training run
         return f"(no script could be written: {failure})"

@@ -70,7 +70,9 @@ def find_pattern(rule: Pattern, gm: fx.GraphModule) -> Iterator[Site | Refusal]:
             try:
                 site = _match(rule, spelling, skeleton, node, order, memo)
             except Mismatch as miss:
-                if miss.agreed >= max(_NEAR, skeleton.size // 2) and (node not in misses or miss.agreed > misses[node].agreed):
+                if miss.agreed >= max(_NEAR, skeleton.size // 2) and (
+                    node not in misses or miss.agreed > misses[node].agreed
+                ):
                     misses[node] = miss
             else:
                 sites += [site] if site else []
@@ -78,7 +80,10 @@ def find_pattern(rule: Pattern, gm: fx.GraphModule) -> Iterator[Site | Refusal]:
     inside = {node for site in kept for node in site.nodes}
     refusals = [(node, miss) for node, miss in misses.items() if node not in inside]
     found: list[tuple[int, Site | Refusal]] = [(order[site.anchor], rule.extend(site)) for site in kept]
-    found += [(order[node], Refusal(rule.name, node.name, Place.of(node), (str(miss),), miss.agreed)) for node, miss in refusals]
+    found += [
+        (order[node], Refusal(rule.name, node.name, Place.of(node), (str(miss),), miss.agreed))
+        for node, miss in refusals
+    ]
     yield from (item for _, item in sorted(found, key=lambda pair: pair[0]))
 
 
@@ -92,8 +97,14 @@ def _largest_disjoint(sites: list[Site], order: dict[fx.Node, int]) -> list[Site
     return kept
 
 
-def _match(rule: Pattern, spelling: Callable[..., Any], skeleton: Traced, node: fx.Node, order: dict[fx.Node, int],
-           memo: dict[Any, Traced]) -> Site | None:
+def _match(
+    rule: Pattern,
+    spelling: Callable[..., Any],
+    skeleton: Traced,
+    node: fx.Node,
+    order: dict[fx.Node, int],
+    memo: dict[Any, Traced],
+) -> Site | None:
     """The site of `spelling` that ends in `node`; None if the two have nothing in common. Raises `Mismatch`."""
     if not _same_op(read(skip_casts(skeleton.root)), read(skip_casts(node))):
         return None
@@ -108,9 +119,19 @@ def _match(rule: Pattern, spelling: Callable[..., Any], skeleton: Traced, node: 
         except Mismatch as miss:
             failure = miss if failure is None or miss.agreed > failure.agreed else failure
             continue
-        inputs = {name: exact.holes[name][0] for name in (*traced.holes.values(), *traced.scalars.values()) if name in exact.holes}
+        inputs = {
+            name: exact.holes[name][0]
+            for name in (*traced.holes.values(), *traced.scalars.values())
+            if name in exact.holes
+        }
         nodes = tuple(sorted(exact.nodes, key=order.__getitem__))
-        return Site(rule.name, (node,), nodes, inputs | dict(rule.given.get(spelling, {})), detail=spelling.__name__.replace("_", " "))
+        return Site(
+            rule.name,
+            (node,),
+            nodes,
+            inputs | dict(rule.given.get(spelling, {})),
+            detail=spelling.__name__.replace("_", " "),
+        )
     raise failure or Mismatch(f"{node.name} binds no tensor", len(loose.nodes))
 
 
@@ -151,7 +172,9 @@ def _compare(pattern: Any, node: Any, traced: Traced, binding: Binding, exact: b
 def _compare_arguments(wanted: Expr, found: Expr, traced: Traced, binding: Binding, exact: bool) -> None:
     binding.nodes.update(dict.fromkeys(found.covers))
     if len(wanted.args) != len(found.args) and exact:
-        raise Mismatch(f"{found.covers[0].name} has other arguments than {_name(wanted.op)} in the pattern", len(binding.nodes))
+        raise Mismatch(
+            f"{found.covers[0].name} has other arguments than {_name(wanted.op)} in the pattern", len(binding.nodes)
+        )
     orders = [found.args, found.args[::-1]] if wanted.op in COMMUTES and len(found.args) == 2 else [found.args]
     furthest: Mismatch | None = None
     for args in orders:
@@ -182,7 +205,11 @@ def _compare_constant(pattern: Any, node: Any, traced: Traced, binding: Binding,
 
 def _bind(name: str, node: Any, binding: Binding, exact: bool) -> None:
     bound = binding.holes.setdefault(name, [])
-    same = (lambda one, other: one is other or one == other) if exact else (lambda one, other: skip_casts(one) is skip_casts(other) or one == other)
+    same = (
+        (lambda one, other: one is other or one == other)
+        if exact
+        else (lambda one, other: skip_casts(one) is skip_casts(other) or one == other)
+    )
     if bound and not same(bound[0], node):
         raise Mismatch(f"`{name}` would be both {_described(bound[0])} and {_described(node)}", len(binding.nodes))
     bound.append(node)
@@ -214,7 +241,9 @@ def _skeleton(rule: Pattern, spelling: Callable[..., Any]) -> Traced:
 
 def _retraced(spelling: Callable[..., Any], choice: dict[str, Any], memo: dict[Any, Traced]) -> Traced:
     values = {name: value_of(item) for name, item in choice.items()}
-    signature = tuple((name, str(value.shape), value.dtype) for name, value in values.items() if isinstance(value, Tensor))
+    signature = tuple(
+        (name, str(value.shape), value.dtype) for name, value in values.items() if isinstance(value, Tensor)
+    )
     key = (spelling, signature)
     if key not in memo:
         try:

@@ -57,7 +57,9 @@ class Options:
         known = [rule.name for rule in parsed.active_rules()]
         for name in parsed.force:
             if name not in known:
-                raise OptionError(f"option force: no rule {name!r}{_nearest(str(name), known)}. Rules: {', '.join(known)}.")
+                raise OptionError(
+                    f"option force: no rule {name!r}{_nearest(str(name), known)}. Rules: {', '.join(known)}."
+                )
         return parsed
 
     def active_rules(self) -> list[Rule]:
@@ -71,7 +73,7 @@ class Options:
 
 def _nearest(key: str, names: list[str]) -> str:
     close = difflib.get_close_matches(str(key), names, n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else ""
+    return f" (did you mean {close[0]!r}?)" if close else ""
 
 
 def _logits(value: Any) -> Logits:
@@ -100,7 +102,9 @@ def _rules(value: Any) -> tuple[Any, ...]:
     for item in _sequence("rules", value):
         if isinstance(item, str):
             if item.removeprefix("-") not in known:
-                raise OptionError(f"option rules: no rule {item!r}{_nearest(item.removeprefix('-'), known)}. Rules: {', '.join(known)}.")
+                raise OptionError(
+                    f"option rules: no rule {item!r}{_nearest(item.removeprefix('-'), known)}. Rules: {', '.join(known)}."
+                )
         elif not isinstance(item, Rule):
             raise OptionError(f"option rules: {item!r} is neither a rule name nor an fxopt.Rule.")
     return tuple(value)

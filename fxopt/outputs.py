@@ -48,7 +48,9 @@ class DeferredOutput:
         """The tensor to hand to the caller."""
         weight = self.weight.of(inputs, outputs)
         bias = None if self.bias is None else self.bias.of(inputs, outputs)
-        return deferred(self.hidden.of(inputs, outputs), weight.t() if self.transposed else weight, bias, self.projection)
+        return deferred(
+            self.hidden.of(inputs, outputs), weight.t() if self.transposed else weight, bias, self.projection
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,10 +106,16 @@ def _defer(graph: fx.Graph, node: fx.Node, indices: tuple[int, ...], results: li
         hidden = graph.graph_copy(rows, {next(iter(rows.nodes)): source.hidden})
     for index in indices:
         results[index] = hidden
-    projection = Projection(_tail(source.pointwise), value_of(node).dtype, source.linear.meta.get("autocast"), _name(node))
+    projection = Projection(
+        _tail(source.pointwise), value_of(node).dtype, source.linear.meta.get("autocast"), _name(node)
+    )
     return DeferredOutput(
-        indices, Source("output", indices[0]), _source(source.weight, results),
-        None if source.bias is None else _source(source.bias, results), source.transposed, projection,
+        indices,
+        Source("output", indices[0]),
+        _source(source.weight, results),
+        None if source.bias is None else _source(source.bias, results),
+        source.transposed,
+        projection,
     )
 
 

@@ -19,13 +19,38 @@ from fxopt.rule import NoSite
 aten = torch.ops.aten
 
 LINEARS = frozenset({aten.linear.default, aten.matmul.default, aten.mm.default, aten.addmm.default})
-POINTWISE = frozenset({aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar, aten.tanh.default, aten.to.dtype, aten.neg.default})
-MOVES = frozenset({
-    aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.flatten.using_ints, aten.unflatten.int,
-    aten.slice.Tensor, aten.select.int, aten.unsqueeze.default, aten.squeeze.dim, aten.contiguous.default,
-    aten.clone.default, aten.transpose.int, aten.permute.default, aten.alias.default,
-})
-_RESHAPES = frozenset({aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.flatten.using_ints, aten.unflatten.int})
+POINTWISE = frozenset(
+    {
+        aten.mul.Tensor,
+        aten.mul.Scalar,
+        aten.div.Tensor,
+        aten.div.Scalar,
+        aten.tanh.default,
+        aten.to.dtype,
+        aten.neg.default,
+    }
+)
+MOVES = frozenset(
+    {
+        aten.view.default,
+        aten.reshape.default,
+        aten._unsafe_view.default,
+        aten.flatten.using_ints,
+        aten.unflatten.int,
+        aten.slice.Tensor,
+        aten.select.int,
+        aten.unsqueeze.default,
+        aten.squeeze.dim,
+        aten.contiguous.default,
+        aten.clone.default,
+        aten.transpose.int,
+        aten.permute.default,
+        aten.alias.default,
+    }
+)
+_RESHAPES = frozenset(
+    {aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.flatten.using_ints, aten.unflatten.int}
+)
 _COPIES = frozenset({aten.contiguous.default, aten.clone.default, aten.alias.default})
 
 
@@ -115,7 +140,10 @@ def _at_linear(linear: fx.Node, bias: fx.Node | None, steps: tuple[fx.Node, ...]
     if own is not None and bias is not None:
         raise NoSite(f"{linear.name} has a bias and another is added to it", len(steps))
     if value_of(weight).dim() != 2 or value_of(hidden).dim() < 2:
-        raise NoSite(f"{linear.name} ({linear.target}) multiplies {_shape(hidden)} by {_shape(weight)}, no linear layer", len(steps))
+        raise NoSite(
+            f"{linear.name} ({linear.target}) multiplies {_shape(hidden)} by {_shape(weight)}, no linear layer",
+            len(steps),
+        )
     if transposed:
         weight, transposed = _untransposed(weight)
     return Projection(linear, hidden, weight, own if own is not None else bias, transposed, steps)
@@ -123,9 +151,13 @@ def _at_linear(linear: fx.Node, bias: fx.Node | None, steps: tuple[fx.Node, ...]
 
 def _untransposed(weight: fx.Node) -> tuple[fx.Node, bool]:
     """The [V, H] weight behind ``W.t()``, or the [H, V] operand itself."""
-    is_transpose = weight.target in (aten.t.default, aten.numpy_T.default, aten.mT.default) or (
-        weight.target is aten.transpose.int and {dim % 2 for dim in weight.args[1:]} == {0, 1}  # type: ignore[operator]
-    ) or (weight.target is aten.permute.default and [dim % 2 for dim in weight.args[1]] == [1, 0])  # type: ignore[union-attr,operator]
+    is_transpose = (
+        weight.target in (aten.t.default, aten.numpy_T.default, aten.mT.default)
+        or (
+            weight.target is aten.transpose.int and {dim % 2 for dim in weight.args[1:]} == {0, 1}  # type: ignore[operator]
+        )
+        or (weight.target is aten.permute.default and [dim % 2 for dim in weight.args[1]] == [1, 0])
+    )  # type: ignore[union-attr,operator]
     if is_transpose and isinstance(weight.args[0], fx.Node):
         return weight.args[0], False
     return weight, True
@@ -153,7 +185,9 @@ class Move:
         rank = source.dim()
         if step.target in _RESHAPES or step.target in (aten.unsqueeze.default, aten.squeeze.dim):
             if str(source.shape[-1]) != str(result.shape[-1]) or result.dim() == 0:
-                raise NoSite(f"{step.name} ({step.target}) reshapes the vocabulary axis: {_shape(step.args[0])} to {_shape(step)}")
+                raise NoSite(
+                    f"{step.name} ({step.target}) reshapes the vocabulary axis: {_shape(step.args[0])} to {_shape(step)}"
+                )
             sizes = tuple(result.shape[:-1])
             return cls("reshape", sizes if all(type(size) is int for size in sizes) else (None,))
         if step.target is aten.slice.Tensor or step.target is aten.select.int:

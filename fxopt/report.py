@@ -106,7 +106,9 @@ class Report:
         for graph in self.graphs:
             yield Text("")
             if len(self.graphs) > 1:
-                yield Text(f"{graph.name}: {len(graph.rewrites)} rewritten, {len(graph.refusals)} left alone", style="bold")
+                yield Text(
+                    f"{graph.name}: {len(graph.rewrites)} rewritten, {len(graph.refusals)} left alone", style="bold"
+                )
             yield from _tables(graph)
 
 
@@ -145,8 +147,13 @@ def _counted(names: Any) -> str:
 
 
 def _graph_from(data: dict[str, Any]) -> GraphReport:
-    rewrites = [Rewrite(**item | {"place": Place(**item["place"]), "made": tuple(item["made"])}) for item in data["rewrites"]]
-    refusals = [Refusal(**item | {"place": Place(**item["place"]), "reasons": tuple(item["reasons"])}) for item in data["refusals"]]
+    rewrites = [
+        Rewrite(**item | {"place": Place(**item["place"]), "made": tuple(item["made"])}) for item in data["rewrites"]
+    ]
+    refusals = [
+        Refusal(**item | {"place": Place(**item["place"]), "reasons": tuple(item["reasons"])})
+        for item in data["refusals"]
+    ]
     files = [Path(item) for item in data["files"]]
     return GraphReport(**data | {"rewrites": rewrites, "refusals": refusals, "files": files})
 

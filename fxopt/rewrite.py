@@ -18,8 +18,21 @@ from fxopt.fake import ambient_state, propagate, value_of
 from fxopt.rule import Cost, NoSite, Pattern, Place, Refusal, Region, Rewrite, Rule, Site
 from fxopt.simplify import is_random, mutated_arguments, storage_of
 
-__all__ = ["Cost", "NoSite", "Pattern", "Place", "Refusal", "Region", "Rewrite", "Rule", "Site", "Outcome", "apply_rule",
-           "copy_module", "submodules"]
+__all__ = [
+    "Cost",
+    "NoSite",
+    "Pattern",
+    "Place",
+    "Refusal",
+    "Region",
+    "Rewrite",
+    "Rule",
+    "Site",
+    "Outcome",
+    "apply_rule",
+    "copy_module",
+    "submodules",
+]
 
 _BODIES = (compat.tag_activation_checkpoint,)
 """Higher-order operators whose bodies are ordinary training code; AOTAutograd retraces them."""
@@ -103,7 +116,9 @@ def _apply_in(rule: Rule, gm: fx.GraphModule, outcome: Outcome, force: bool, may
         place = Place.of(found.anchor)
         if reasons:
             only_cost = all(isinstance(reason, Cost) for reason in reasons)
-            outcome.refusals.append(Refusal(rule.name, found.anchor.name, place, tuple(map(str, reasons)), len(found.nodes), only_cost))
+            outcome.refusals.append(
+                Refusal(rule.name, found.anchor.name, place, tuple(map(str, reasons)), len(found.nodes), only_cost)
+            )
             continue
         made = replace(found, rule.replacement, gm.graph, order, moved)
         gone.update(found.nodes)
@@ -135,7 +150,9 @@ def _escapes(site: Site, may_defer: bool) -> Iterator[str]:
         for user in node.users:
             if user in inside or (may_defer and node in site.deferrable and user.op == "output"):
                 continue
-            way_out = '; options={"logits": "deferred"} would compute it only when read' if node in site.deferrable else ""
+            way_out = (
+                '; options={"logits": "deferred"} would compute it only when read' if node in site.deferrable else ""
+            )
             reader = "a graph output" if user.op == "output" else f"used by {user.name} ({Place.of(user)})"
             yield f"{node.name} ({node.target}) is also {reader}{way_out}"
 
@@ -151,8 +168,13 @@ def _disturbances(site: Site, order: dict[fx.Node, int]) -> Iterator[str]:
             yield f"{node.name} ({node.target}) writes in place to memory of the region"
 
 
-def replace(site: Site, replacement: Callable[..., Any], graph: fx.Graph, order: dict[fx.Node, int],
-            moved: dict[fx.Node, fx.Node]) -> tuple[str, ...]:
+def replace(
+    site: Site,
+    replacement: Callable[..., Any],
+    graph: fx.Graph,
+    order: dict[fx.Node, int],
+    moved: dict[fx.Node, fx.Node],
+) -> tuple[str, ...]:
     """Put `replacement`, traced on the site's fake values, in the place of the site. Returns the new nodes' names."""
     names = [name for name, item in site.inputs.items() if isinstance(item, fx.Node)]
     constants = {name: item for name, item in site.inputs.items() if name not in names}
@@ -165,7 +187,9 @@ def replace(site: Site, replacement: Callable[..., Any], graph: fx.Graph, order:
     with ambient_state():
         torch.set_grad_enabled(anchor.meta.get("grad", torch.is_grad_enabled()))
         new = compat.trace_atens(traced, [site.value(name) for name in names]).graph
-    env: dict[fx.Node, Any] = dict(zip((n for n in new.nodes if n.op == "placeholder"), (site.inputs[n] for n in names), strict=True))
+    env: dict[fx.Node, Any] = dict(
+        zip((n for n in new.nodes if n.op == "placeholder"), (site.inputs[n] for n in names), strict=True)
+    )
     given = set(env)
     with graph.inserting_before(anchor):
         results = graph.graph_copy(new, env)

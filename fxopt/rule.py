@@ -72,7 +72,9 @@ class Site:
 
     def renamed(self, moved: dict[fx.Node, fx.Node]) -> Site:
         """This site after earlier replacements: inputs among `moved` are read from the node in their place."""
-        inputs = {name: moved.get(item, item) if isinstance(item, fx.Node) else item for name, item in self.inputs.items()}
+        inputs = {
+            name: moved.get(item, item) if isinstance(item, fx.Node) else item for name, item in self.inputs.items()
+        }
         return dataclasses.replace(self, inputs=inputs)
 
     def value(self, name: str) -> Any:

@@ -17,9 +17,18 @@ from fxopt.fake import value_of
 aten = torch.ops.aten
 
 _CASTS = (aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.to.other, aten.type_as.default, aten.to.prim_dtype)
-_SAME_OBJECT = (*_CASTS, aten.contiguous.default, aten.dropout.default, aten.feature_dropout.default)
-_SAME_DATA = (aten.alias.default, aten.view.default, aten.reshape.default, aten.expand.default, aten.slice.Tensor,
-              aten.view_as.default, aten.expand_as.default, aten.flatten.using_ints)
+_SAME_OBJECT = (*_CASTS, aten.contiguous.default)
+_DROPOUTS = (aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default)
+_SAME_DATA = (
+    aten.alias.default,
+    aten.view.default,
+    aten.reshape.default,
+    aten.expand.default,
+    aten.slice.Tensor,
+    aten.view_as.default,
+    aten.expand_as.default,
+    aten.flatten.using_ints,
+)
 
 
 def simplify(gm: fx.GraphModule) -> None:
@@ -71,7 +80,9 @@ def mutated_arguments(node: fx.Node) -> list[fx.Node]:
     for index, argument in enumerate(schema.arguments):
         if argument.is_write:
             given = node.args[index] if index < len(node.args) else node.kwargs.get(argument.name)
-            found += [item for item in (given if isinstance(given, list | tuple) else [given]) if isinstance(item, fx.Node)]
+            found += [
+                item for item in (given if isinstance(given, list | tuple) else [given]) if isinstance(item, fx.Node)
+            ]
     return found
 
 
@@ -90,7 +101,12 @@ def mutated_storages(gm: fx.GraphModule) -> set[Any]:
 def _spell_cast(node: fx.Node) -> None:
     """Every cast that only changes the dtype becomes ``aten.to.dtype(x, dtype)``."""
     source, result = value_of(node.args[0]), value_of(node)
-    if not isinstance(source, torch.Tensor) or not isinstance(result, torch.Tensor) or node.target is aten.to.dtype and len(node.args) == 2:
+    if (
+        not isinstance(source, torch.Tensor)
+        or not isinstance(result, torch.Tensor)
+        or node.target is aten.to.dtype
+        and len(node.args) == 2
+    ):
         return
     names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
     given = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
@@ -110,10 +126,13 @@ def _is_identity(node: fx.Node, mutated: set[Any]) -> bool:
         return False
     if node.target in _SAME_OBJECT:
         return source is result
+    if node.target in _DROPOUTS:
+        _, p, train = node.args
+        return type(p) in (int, float) and p == 0 or train is False  # ATen returns the input itself
     if _reaches_output(node) or not _same_layout(source, result):
         return False
     if node.target in _SAME_DATA:
-        return storage_of(source) == storage_of(result)
+        return True
     neutral = _NEUTRAL.get(node.target)
     unwritten = storage_of(source) not in mutated and storage_of(result) not in mutated
     return neutral is not None and unwritten and neutral(node, source)
@@ -121,6 +140,7 @@ def _is_identity(node: fx.Node, mutated: set[Any]) -> bool:
 
 def _same_layout(source: torch.Tensor, result: torch.Tensor) -> bool:
     """Static equality: comparing symbolic sizes by value would install guards."""
+
     def written(tensor: torch.Tensor) -> tuple[str, str, str, str]:
         return str(tuple(tensor.shape)), str(tensor.stride()), str(tensor.storage_offset()), str(tensor.device)
 

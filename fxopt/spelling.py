@@ -18,9 +18,16 @@ aten = torch.ops.aten
 
 COMMUTES = frozenset({"add", "mul"})
 _NAMES = {
-    aten.add.Tensor: "add", aten.add.Scalar: "add", aten.mul.Tensor: "mul", aten.mul.Scalar: "mul",
-    aten.div.Tensor: "div", aten.div.Scalar: "div", aten.sub.Tensor: "sub", aten.sub.Scalar: "sub",
-    aten.rsqrt.default: "rsqrt", aten.sqrt.default: "sqrt",
+    aten.add.Tensor: "add",
+    aten.add.Scalar: "add",
+    aten.mul.Tensor: "mul",
+    aten.mul.Scalar: "mul",
+    aten.div.Tensor: "div",
+    aten.div.Scalar: "div",
+    aten.sub.Tensor: "sub",
+    aten.sub.Scalar: "sub",
+    aten.rsqrt.default: "rsqrt",
+    aten.sqrt.default: "sqrt",
 }
 _POWERS = {2: ("pow", 2), -0.5: ("rsqrt",), 0.5: ("sqrt",)}
 
@@ -77,8 +84,12 @@ def _arguments(node: fx.Node) -> tuple[Any, ...]:
     values = [given.get(argument.name, argument.default_value) for argument in schema.arguments]
     rank = value_of(node.args[0]).dim() if node.args and isinstance(value_of(node.args[0]), torch.Tensor) else 0
     named = zip(schema.arguments, values, strict=True)
-    values = [_from_front(value, rank) if argument.name in ("dim", "dims") and rank else value for argument, value in named]
-    while values and values[-1] == schema.arguments[len(values) - 1].default_value and not isinstance(values[-1], fx.Node):
+    values = [
+        _from_front(value, rank) if argument.name in ("dim", "dims") and rank else value for argument, value in named
+    ]
+    while (
+        values and values[-1] == schema.arguments[len(values) - 1].default_value and not isinstance(values[-1], fx.Node)
+    ):
         values.pop()
     return tuple(values)
 

@@ -13,7 +13,7 @@ from torch import fx
 from fxopt import compat, dump
 from fxopt.fallback import warn_once
 from fxopt.options import Options
-from fxopt.report import GraphReport, Report, reports
+from fxopt.report import GraphReport, Report
 
 T = TypeVar("T")
 
@@ -21,9 +21,9 @@ T = TypeVar("T")
 class Stages:
     """One graph's way through the pipeline: runs stages, and holds the report they fill in."""
 
-    def __init__(self, gm: fx.GraphModule, options: Options):
+    def __init__(self, gm: fx.GraphModule, options: Options, name: str):
         self.gm, self.options = gm, options
-        self.report = GraphReport(f"graph {sum(len(found.graphs) for found in reports())}")
+        self.report = GraphReport(name)
         self.dump("dynamo", gm)
 
     def run(self, name: str, work: Callable[[], T], otherwise: T) -> T:
@@ -76,9 +76,12 @@ class Stages:
         return self.report
 
     def given_options(self) -> dict[str, object]:
-        """The options that differ from the defaults, as a user would write them."""
-        default = Options()
-        given = {field.name: getattr(self.options, field.name) for field in dataclasses.fields(Options)}
-        plain = {name: value for name, value in given.items() if value != getattr(default, name) and name != "dump"}
-        return {name: dict(value) if name == "inductor" else list(value) if isinstance(value, tuple) else value
-                for name, value in plain.items()}  # type: ignore[call-overload]
+        """The options that differ from the defaults, as a user would write them; rule objects by name."""
+        found: dict[str, object] = {}
+        for field in dataclasses.fields(Options):
+            value = getattr(self.options, field.name)
+            if value != field.default and field.name != "dump":
+                found[field.name] = dict(value) if field.name == "inductor" else value
+        if self.options.rules:
+            found["rules"] = [item if isinstance(item, str) else item.name for item in self.options.rules]
+        return found

@@ -46,7 +46,12 @@ def canonical(gm: fx.GraphModule) -> None:
 def _is_canonical_target(node: fx.Node) -> bool:
     whole = (compat.OpOverload, compat.HigherOrderOperator)
     symbolic = all(not isinstance(value_of(argument), torch.Tensor) for argument in node.all_input_nodes)
-    return isinstance(node.target, whole) or node.target in compat.STATE_SWITCHES or node.target is operator.getitem or symbolic
+    return (
+        isinstance(node.target, whole)
+        or node.target in compat.STATE_SWITCHES
+        or node.target is operator.getitem
+        or symbolic
+    )
 
 
 def same_interface(before: fx.GraphModule, after: fx.GraphModule) -> None:
@@ -62,7 +67,11 @@ def same_interface(before: fx.GraphModule, after: fx.GraphModule) -> None:
         raise VerificationError(f"the graph returned {len(old)} values and now returns {len(new)}")
     for index, (one, other) in enumerate(zip(old, new, strict=True)):
         same_value(f"output {index}", value_of(one), value_of(other))
-    for what, listed in (("aliasing of the outputs", _alias_classes), ("in-place writes", _writes), ("random operators", _random)):
+    for what, listed in (
+        ("aliasing of the outputs", _alias_classes),
+        ("in-place writes", _writes),
+        ("random operators", _random),
+    ):
         if listed(before) != listed(after):
             raise VerificationError(f"the {what} changed: {listed(before)} became {listed(after)}")
 
@@ -78,7 +87,9 @@ def same_value(name: str, before: Any, after: Any, grad: bool = True) -> None:
         return
     if not isinstance(after, torch.Tensor):
         raise VerificationError(f"{name}: a tensor became {after!r}")
-    for field, one, other in zip(("shape", "dtype", "device", "stride", "requires_grad"), _facts(before), _facts(after), strict=True):
+    for field, one, other in zip(
+        ("shape", "dtype", "device", "stride", "requires_grad"), _facts(before), _facts(after), strict=True
+    ):
         if one != other and (grad or field != "requires_grad"):
             raise VerificationError(f"{name}: {field} was {one} and is {other}")
 
@@ -109,7 +120,10 @@ def _alias_classes(gm: fx.GraphModule) -> list[int]:
     """For each output, the first input or output with the same memory."""
     values = [*(value_of(node) for node in gm.graph.nodes if node.op == "placeholder"), *map(value_of, _outputs(gm))]
     seen: dict[Any, int] = {}
-    return [seen.setdefault(storage_of(value), index) if storage_of(value) is not None else -1 for index, value in enumerate(values)]
+    return [
+        seen.setdefault(storage_of(value), index) if storage_of(value) is not None else -1
+        for index, value in enumerate(values)
+    ]
 
 
 def _calls(gm: fx.GraphModule) -> Iterator[fx.Node]:

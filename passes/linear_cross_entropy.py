@@ -44,8 +44,14 @@ def grow(anchor: fx.Node) -> Site | None:
     output = loss.pop("output")
     compute_dtype = value_of(found.linear).dtype
     inputs = loss | {
-        "hidden": found.hidden, "weight": found.weight, "transposed": found.transposed, "moves": moves,
-        "scale": scale, "softcap": softcap, "compute_dtype": compute_dtype, "loss_dtype": value_of(output).dtype,
+        "hidden": found.hidden,
+        "weight": found.weight,
+        "transposed": found.transposed,
+        "moves": moves,
+        "scale": scale,
+        "softcap": softcap,
+        "compute_dtype": compute_dtype,
+        "loss_dtype": value_of(output).dtype,
         "loss_rank": value_of(output).dim(),
     }
     if found.bias is not None:
@@ -56,9 +62,24 @@ def grow(anchor: fx.Node) -> Site | None:
     return Site(RULE.name, (output,), tuple(nodes), inputs, tuple(deferrable), detail)
 
 
-def replacement(*, hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None = None, transposed: bool, moves: tuple[Move, ...],
-                scale: float, softcap: float | None, compute_dtype: torch.dtype, loss_dtype: torch.dtype, loss_rank: int,
-                ignore_index: int, label_smoothing: float, reduction: str, negate: bool = False) -> Tensor:
+def replacement(
+    *,
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None = None,
+    transposed: bool,
+    moves: tuple[Move, ...],
+    scale: float,
+    softcap: float | None,
+    compute_dtype: torch.dtype,
+    loss_dtype: torch.dtype,
+    loss_rank: int,
+    ignore_index: int,
+    label_smoothing: float,
+    reduction: str,
+    negate: bool = False,
+) -> Tensor:
     """The loss of the moved rows of `hidden`; casts that autocast would have made are made here."""
     rows = moved_rows(hidden, moves)
     loss = linear_cross_entropy(
@@ -66,7 +87,11 @@ def replacement(*, hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor 
         (weight.t() if transposed else weight).to(compute_dtype),
         None if bias is None else bias.to(compute_dtype),
         target.reshape(-1),
-        scale=scale, softcap=softcap, ignore_index=ignore_index, label_smoothing=label_smoothing, reduction=reduction,
+        scale=scale,
+        softcap=softcap,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        reduction=reduction,
     ).to(loss_dtype)
     if reduction == "none":
         loss = loss.reshape(target.shape if target.dim() == loss_rank else target.shape[:-1])
@@ -84,7 +109,9 @@ def objections(site: Site) -> Iterator[str]:
         yield f"hidden states, weight and targets are on {hidden.device}, {weight.device} and {target.device}"
     width, vocabulary = hidden.shape[-1], weight.shape[1 if site.inputs["transposed"] else 0]
     if type(width) is int and type(vocabulary) is int and vocabulary <= width:
-        yield Cost(f"{vocabulary} classes for hidden states of {width}: the logits are no larger than what they come from")
+        yield Cost(
+            f"{vocabulary} classes for hidden states of {width}: the logits are no larger than what they come from"
+        )
 
 
 def _scale_and_softcap(steps: list[fx.Node]) -> tuple[float, float | None]:
@@ -163,7 +190,9 @@ def _of_nll(node: fx.Node) -> dict[str, Any]:
     log_probabilities, target, weight, reduction, ignore_index = _bound(node)
     softmax, later = _log_softmax_behind(log_probabilities)
     _check_axis(softmax, -1 if later else 1)
-    return _class_loss(softmax.args[0], target, weight, reduction, ignore_index, 0.0, (softmax, *later, node)) | {"later": later}
+    return _class_loss(softmax.args[0], target, weight, reduction, ignore_index, 0.0, (softmax, *later, node)) | {
+        "later": later
+    }
 
 
 def _of_logsumexp(node: fx.Node) -> dict[str, Any]:
@@ -193,24 +222,49 @@ def _of_gather(node: fx.Node) -> dict[str, Any] | None:
     users = list(chain[-1].users)
     negated = len(users) == 1 and users[0].target is aten.neg.default
     picked = _gathered(chain[-1])
-    return _row_loss(softmax.args[0], picked, (softmax, *later, *chain, *(users if negated else ())), not negated) | {"later": later}
+    return _row_loss(softmax.args[0], picked, (softmax, *later, *chain, *(users if negated else ())), not negated) | {
+        "later": later
+    }
 
 
-def _class_loss(logits: Any, target: Any, weight: Any, reduction: int, ignore_index: int, smoothing: float,
-                nodes: tuple[fx.Node, ...]) -> dict[str, Any]:
+def _class_loss(
+    logits: Any,
+    target: Any,
+    weight: Any,
+    reduction: int,
+    ignore_index: int,
+    smoothing: float,
+    nodes: tuple[fx.Node, ...],
+) -> dict[str, Any]:
     if weight is not None:
         raise NoSite(f"{nodes[-1].name} weighs its classes", len(nodes))
     if value_of(target).dtype.is_floating_point:
         raise NoSite(f"{nodes[-1].name} has class probabilities as targets", len(nodes))
     if value_of(logits).dim() < 2:
         raise NoSite(f"{nodes[-1].name} is the loss of a single row", len(nodes))
-    return {"logits": logits, "target": target, "reduction": _REDUCTIONS[reduction], "ignore_index": ignore_index,
-            "label_smoothing": smoothing, "nodes": nodes, "output": nodes[-1]}
+    return {
+        "logits": logits,
+        "target": target,
+        "reduction": _REDUCTIONS[reduction],
+        "ignore_index": ignore_index,
+        "label_smoothing": smoothing,
+        "nodes": nodes,
+        "output": nodes[-1],
+    }
 
 
 def _row_loss(logits: Any, picked: dict[str, Any], nodes: tuple[fx.Node, ...], negate: bool) -> dict[str, Any]:
-    return {"logits": logits, "target": picked["target"], "reduction": "none", "ignore_index": _NO_INDEX_IGNORED, "label_smoothing": 0.0,
-            "nodes": (*picked["nodes"], *nodes), "output": nodes[-1], "negate": negate, "classes_last": True}
+    return {
+        "logits": logits,
+        "target": picked["target"],
+        "reduction": "none",
+        "ignore_index": _NO_INDEX_IGNORED,
+        "label_smoothing": 0.0,
+        "nodes": (*picked["nodes"], *nodes),
+        "output": nodes[-1],
+        "negate": negate,
+        "classes_last": True,
+    }
 
 
 def _bound(node: fx.Node) -> list[Any]:
@@ -248,7 +302,9 @@ def _gathered(node: Any) -> dict[str, Any]:
     if node.target is not aten.gather.default or node.args[1] % value_of(node).dim() != value_of(node).dim() - 1:  # type: ignore[operator]
         raise NoSite(f"{node.name} ({node.target}) does not gather the target's value along the last axis", len(nodes))
     index = node.args[2]
-    if str(value_of(index).shape[-1]) != "1" or _text(value_of(index).shape[:-1]) != _text(value_of(node.args[0]).shape[:-1]):
+    if str(value_of(index).shape[-1]) != "1" or _text(value_of(index).shape[:-1]) != _text(
+        value_of(node.args[0]).shape[:-1]
+    ):
         raise NoSite(f"{node.name} gathers {_text(value_of(index).shape)} values, not one a row", len(nodes))
     return {"logits": node.args[0], "target": index, "nodes": nodes}
 
@@ -319,7 +375,11 @@ def inputs(draw: Draw) -> dict[str, Any]:
     target = draw.integers(0, vocabulary, batch, length)
     if draw.choice(True, False):
         target = target.masked_fill(torch.arange(length) == 0, -100)
-    return {"hidden": draw.tensor(batch, length, width, dtype=dtype), "weight": draw.tensor(vocabulary, width, dtype=dtype), "target": target}
+    return {
+        "hidden": draw.tensor(batch, length, width, dtype=dtype),
+        "weight": draw.tensor(vocabulary, width, dtype=dtype),
+        "target": target,
+    }
 
 
 RULE = Region(

@@ -57,12 +57,23 @@ class Form:
         factors = [torch.float32 if self.weight == "float32" else weight.dtype] if weight is not None else []
         affine = functools.reduce(torch.promote_types, [*factors, *([] if bias is None else [bias.dtype])], normalized)
         output = x.dtype if self.output else affine
-        return NormSpec(self.kind, eps, self.eps_at, compute, normalized, self.rounded_rstd, self.offset, affine, output)
+        return NormSpec(
+            self.kind, eps, self.eps_at, compute, normalized, self.rounded_rstd, self.offset, affine, output
+        )
 
 
-def replacement(*, x: Tensor, form: Form, weight: Tensor | None = None, bias: Tensor | None = None, gate: Tensor | None = None,
-                eps: float | None = None, residual: Tensor | None = None, output: torch.dtype | None = None,
-                contiguous: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+def replacement(
+    *,
+    x: Tensor,
+    form: Form,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    gate: Tensor | None = None,
+    eps: float | None = None,
+    residual: Tensor | None = None,
+    output: torch.dtype | None = None,
+    contiguous: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """The norm in one op, and the new residual stream where there is a `residual` to add.
 
     output: the result's dtype, where `form` does not say. contiguous: whether results are, whatever x is.
@@ -353,6 +364,34 @@ def rms_norm_weight(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return F.rms_norm(x, x.shape[-1:], weight, eps)
 
 
+# Graphs do not write an eps that is the default.
+
+
+def layer_norm_default(x: Tensor) -> Tensor:
+    """OLMo."""
+    return F.layer_norm(x, x.shape[-1:])
+
+
+def layer_norm_weight_default(x: Tensor, weight: Tensor) -> Tensor:
+    """`nn.LayerNorm(bias=False)`."""
+    return F.layer_norm(x, x.shape[-1:], weight)
+
+
+def layer_norm_weight_bias_default(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """`nn.LayerNorm`."""
+    return F.layer_norm(x, x.shape[-1:], weight, bias)
+
+
+def rms_norm_default(x: Tensor) -> Tensor:
+    """`nn.RMSNorm(elementwise_affine=False)`: the default eps is that of fp32, for bf16 and fp16 too."""
+    return F.rms_norm(x, x.shape[-1:])
+
+
+def rms_norm_weight_default(x: Tensor, weight: Tensor) -> Tensor:
+    """`nn.RMSNorm`."""
+    return F.rms_norm(x, x.shape[-1:], weight)
+
+
 # --- all of them -------------------------------------------------------------------------------------------------
 
 
@@ -376,14 +415,86 @@ def times_weight_plus_bias(core: Spelling) -> Spelling:
     return spelling
 
 
-def by_default(kernel: Spelling) -> Spelling:
-    """`kernel` with the eps it has when none is given: graphs do not write it."""
-    names = [name for name in inspect.signature(kernel).parameters if name not in ("x", "eps")]
-    function = F.layer_norm if kernel.__name__.startswith("layer") else F.rms_norm
+def on_rows(spelling: Spelling) -> Spelling:
+    """`spelling`, raising ValueError where what is multiplied or added is no weight or bias of the width of x.
 
-    def spelling(x: Tensor, **factors: Tensor) -> Tensor:
-        return function(x, x.shape[-1:], **factors)
+    What raises does not match; the norm without that weight still may.
+    """
 
-    spelling.__name__ = f"{kernel.__name__}_default_eps"
-    spelling.__signature__ = ...
-    return spelling
+    @functools.wraps(spelling)
+    def checked(**values: Any) -> Tensor:
+        x = values["x"]
+        for name, shape in (("weight", x.shape[-1:]), ("bias", x.shape[-1:]), ("gate", x.shape)):
+            if name in values and str(tuple(values[name].shape)) != str(tuple(shape)):
+                raise ValueError(f"`{name}` is {list(values[name].shape)}, not {list(shape)}")
+        return spelling(**values)
+
+    return checked
+
+
+_CORES = {
+    rms: Form(),
+    rms_of_sum: Form(),
+    rms_of_length: Form(),
+    rms_eps_outside: Form(eps_at="root"),
+    rms_eps_as_floor: Form(eps_at="floor"),
+    unit_length: Form(eps_at="floor", row_eps=True),
+    rms_rounded_factor: Form(normalized="x", rounded_rstd=True),
+    layer: Form("layer"),
+    layer_by_unbiased: Form("layer"),
+    layer_by_correction: Form("layer"),
+    layer_eps_outside: Form("layer", eps_at="root"),
+}
+_KERNEL = {"wide": "kernel", "output": "x"}
+_FORMS = {
+    rms_weight_after_cast: Form(wide="float32", normalized="x"),
+    rms_weight_before_cast: Form(wide="float32", output="x"),
+    rms_float_weight: Form(wide="float32", weight="float32", output="x"),
+    rms_one_plus_weight: Form(wide="float32", weight="float32", offset=1.0, output="x"),
+    rms_promoted: Form(wide="float32", normalized="weight"),
+    rms_without_weight: Form(wide="float32", normalized="x"),
+    rms_left_wide: Form(wide="float32"),
+    rms_then_gate: Form(wide="float32", normalized="x", gated="after", output="x"),
+    rms_wide_then_gate: Form(wide="float32", weight="float32", gated="after", output="x"),
+    gate_then_rms: Form(wide="float32", normalized="x", gated="before"),
+    layer_wide: Form("layer", wide="float32", weight="float32", output="x"),
+    layer_affine_after_cast: Form("layer", wide="float32", normalized="x"),
+    layer_norm_one_plus_weight: Form("layer", **_KERNEL, weight="plus one"),
+    **{spelling: Form("layer", **_KERNEL) for spelling in (layer_norm, layer_norm_weight, layer_norm_weight_bias)},
+    **{
+        spelling: Form("rms", **_KERNEL)
+        for spelling in (rms_norm, rms_norm_weight, rms_norm_default, rms_norm_weight_default)
+    },
+    **_CORES,
+    **{times_weight(core): form for core, form in _CORES.items()},
+    **{times_weight_plus_bias(core): form for core, form in _CORES.items() if form.kind == "layer"},
+}
+_DEFAULTS = (layer_norm_default, layer_norm_weight_default, layer_norm_weight_bias_default)
+GIVEN = {
+    **{on_rows(spelling): {"form": form} for spelling, form in _FORMS.items()},
+    **{on_rows(spelling): {"form": Form("layer", **_KERNEL), "eps": 1e-5} for spelling in _DEFAULTS},
+}
+"""Every spelling, with what the replacement is told about it."""
+
+
+def inputs(draw: Draw) -> dict[str, Any]:
+    """x and a gate [B, T, H], weight and bias [H], eps."""
+    dtype = draw.choice(torch.float32, torch.bfloat16, torch.float16, torch.float64)
+    shape = draw.size(1, 3), draw.size(1, 5), draw.size(1, 12)
+    wide = draw.choice(dtype, torch.promote_types(dtype, torch.float32))
+    return {
+        "x": draw.tensor(*shape, dtype=dtype), "gate": draw.tensor(*shape, dtype=dtype),
+        "weight": draw.tensor(shape[-1], dtype=wide), "bias": draw.tensor(shape[-1], dtype=wide),
+        "eps": draw.choice(1e-5, 1e-6, 0.1),
+    }  # fmt: skip
+
+
+RULE = Pattern(
+    name="norm",
+    spellings=tuple(GIVEN),
+    given=GIVEN,
+    replacement=replacement,
+    objections=objections,
+    extend=extend,
+    inputs=inputs,
+)

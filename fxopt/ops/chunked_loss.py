@@ -23,9 +23,11 @@ from torch import Tensor
 from fxopt.ops.products import accumulate_dtype, piece_bytes, products_for, slices
 
 CHUNK_BYTES = 32 * 2**20
-"""Most bytes of a chunk's buffers: from 32 MiB on, glibc gives memory back to the system at every free."""
+"""Most bytes of a chunk's logits in fp32: from 32 MiB on, glibc gives memory back to the system at every free."""
 LEAST_ROWS = 128
 """Least rows of a chunk, whatever their size: the weight's gradient is read and written once for every chunk."""
+BLOCK_BYTES = 4 * 2**20
+"""Most bytes of the logits that are turned into their gradient at a time: half a dozen passes, so they stay cached."""
 
 
 @dataclass(frozen=True)
@@ -75,18 +77,16 @@ def gradient_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype == torch.float16 else dtype
 
 
-def bytes_per_logit(dtype: torch.dtype, softcap: float) -> int:
-    """Bytes held for each logit of a chunk: the logit, its fp32 copy if it is narrower, its tanh if it is capped."""
-    wide = accumulate_dtype(dtype)
-    return wide.itemsize * (2 if softcap else 1) + (dtype.itemsize if dtype != wide else 0)
-
-
-def chunk_rows(rows: int, vocabulary: int, dtype: torch.dtype, softcap: float) -> int:
+def chunk_rows(rows: int, vocabulary: int, dtype: torch.dtype) -> int:
     """Rows of a chunk: as many as fit `CHUNK_BYTES`, in chunks of equal size, in steps of 32 for the products."""
-    fitting = CHUNK_BYTES // max(vocabulary * bytes_per_logit(dtype, softcap), 1)
-    most = max(fitting // 32 * 32, LEAST_ROWS)
+    most = max(CHUNK_BYTES // max(vocabulary * accumulate_dtype(dtype).itemsize, 1) // 32 * 32, LEAST_ROWS)
     chunks = max(-(-rows // most), 1)
     return min(-(-rows // (chunks * 32)) * 32, rows)
+
+
+def block_rows(rows: int, vocabulary: int, dtype: torch.dtype) -> int:
+    """Rows of a block of a chunk of `rows`."""
+    return min(max(BLOCK_BYTES // max(vocabulary * accumulate_dtype(dtype).itemsize, 1), 1), rows)
 
 
 def workspace_bytes(rows: int, weight: Tensor, spec: LossSpec, wanted: Wanted) -> int:
@@ -94,12 +94,13 @@ def workspace_bytes(rows: int, weight: Tensor, spec: LossSpec, wanted: Wanted) -
 
     The peak is in a chunk (logits, accumulator, a piece of a product; the result is not there yet) or at the end.
     """
-    dtype, vocabulary = weight.dtype, weight.shape[0]
-    capped = spec.softcap if wanted else 0.0
-    chunk = chunk_rows(rows, vocabulary, dtype, capped) * vocabulary * bytes_per_logit(dtype, capped)
+    dtype, wide, vocabulary = weight.dtype, accumulate_dtype(weight.dtype), weight.shape[0]
+    step = chunk_rows(rows, vocabulary, dtype)
+    copies = (dtype != wide) + bool(spec.softcap and wanted)
+    chunk = vocabulary * (step * dtype.itemsize + block_rows(step, vocabulary, dtype) * wide.itemsize * copies)
     if not wanted.weight:
         return chunk
-    total, result = (weight.numel() * kind.itemsize for kind in (accumulate_dtype(dtype), gradient_dtype(dtype)))
+    total, result = (weight.numel() * kind.itemsize for kind in (wide, gradient_dtype(dtype)))
     return total + max(chunk + piece_bytes(weight) - result, 0)
 
 
@@ -171,11 +172,12 @@ class _Chunks:
     ):
         self.rows, self.spec, self.wanted, self.upstream = rows, spec, wanted, upstream
         self.vocabulary, self.dtype = weight.shape[0], accumulate_dtype(weight.dtype)
-        self.step = chunk_rows(len(rows), self.vocabulary, weight.dtype, spec.softcap if wanted else 0.0)
+        self.step = chunk_rows(len(rows), self.vocabulary, weight.dtype)
+        self.block = block_rows(self.step, self.vocabulary, weight.dtype)
         self.products = products_for(weight, bias, self.step, wanted.weight)
-        wide = rows.hidden.new_empty(0, dtype=self.dtype)
-        self.wide = wide.new_empty(self.step, self.vocabulary) if weight.dtype != self.dtype else wide
-        self.capped = wide.new_empty(self.step, self.vocabulary) if spec.softcap and wanted else wide
+        wide = weight.new_empty(0, dtype=self.dtype)
+        self.wide = wide.new_empty(self.block, self.vocabulary) if weight.dtype != self.dtype else wide
+        self.capped = wide.new_empty(self.block, self.vocabulary) if spec.softcap and wanted else wide
         self.losses, self.factor = wide.new_zeros(rows.hidden.shape[0]), self._factor()
         waiting = gradient_dtype(weight.dtype)
         self.hidden = torch.zeros(rows.hidden.shape, dtype=waiting, device=weight.device) if wanted.hidden else None
@@ -183,14 +185,14 @@ class _Chunks:
 
     def add(self, chunk: slice) -> None:
         """Losses of the chunk's rows, and their part in the gradients."""
-        x, target = self.rows.take(self.rows.hidden, chunk), self.rows.target[chunk, None]
-        scores, tanh = self._scores(self.products.logits(x))
-        losses, probabilities = self._losses(scores, target)
-        if self.rows.ignored is not None:
-            losses = losses.masked_fill(self.rows.ignored[chunk], 0)
-        self.rows.put(losses, chunk, self.losses)
-        if self.wanted:
-            self._add_gradients(self._logit_gradient(probabilities, tanh, target, chunk), x, chunk)
+        x = self.rows.take(self.rows.hidden, chunk)
+        logits = self.products.logits(x)
+        for block in slices(logits.shape[0], self.block):
+            self._add_block(logits[block], slice(chunk.start + block.start, chunk.start + block.stop))
+        self.products.accumulate(logits, x)
+        if self.hidden is not None:
+            gradient = self.products.times_weight(logits).to(self.dtype) * self.factor
+            self.rows.put(gradient.to(self.hidden.dtype), chunk, self.hidden)
 
     def result(self) -> LossAndGradients:
         """What all chunks add up to. Call it once, last."""
@@ -211,8 +213,24 @@ class _Chunks:
             return torch.where(count > 0, scale / count, 0.0).to(self.dtype)
         return scale / count if count else 0.0
 
+    def _add_block(self, logits: Tensor, block: slice) -> None:
+        """Take the losses of logits [B, V] and, if gradients are wanted, overwrite them by their gradient."""
+        target = self.rows.target[block, None]
+        scores, tanh = self._scores(logits)
+        losses, probabilities = self._losses(scores, target)
+        if self.rows.ignored is not None:
+            losses = losses.masked_fill(self.rows.ignored[block], 0)
+        self.rows.put(losses, block, self.losses)
+        if not self.wanted:
+            return
+        gradient = self._logit_gradient(probabilities, tanh, target, block)
+        if self.bias is not None:
+            self.bias.add_(gradient.sum(0))
+        if gradient.data_ptr() != logits.data_ptr():
+            logits.copy_(gradient)
+
     def _scores(self, logits: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Scaled and capped logits [C, V] in `dtype`, and the tanh that capped them."""
+        """Scaled and capped logits [B, V] in `dtype`, and the tanh that capped them."""
         scale, softcap = self.spec.scale, self.spec.softcap
         scores = logits if logits.dtype == self.dtype else self.wide[: logits.shape[0]].copy_(logits)
         if not softcap:
@@ -223,9 +241,9 @@ class _Chunks:
         return torch.mul(tanh, softcap, out=self.capped[: logits.shape[0]]), tanh
 
     def _losses(self, scores: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """Losses [C] and softmax(scores) [C, V], which overwrites the scores on a CPU.
+        """Losses [B] and softmax(scores) [B, V], which overwrites the scores on a CPU.
 
-        The largest probability is 1 / sum(exp(scores - max)), which spares a pass over the chunk for its logarithm.
+        The largest probability is 1 / sum(exp(scores - max)), which spares a pass for the sum's logarithm.
         """
         smoothing = self.spec.label_smoothing
         largest, chosen = scores.amax(-1), scores.gather(1, target).squeeze(1)
@@ -235,7 +253,7 @@ class _Chunks:
         logsumexp = largest - probabilities.amax(-1).log()
         return logsumexp - (1.0 - smoothing) * chosen - smoothing * mean, probabilities
 
-    def _logit_gradient(self, gradient: Tensor, tanh: Tensor | None, target: Tensor, chunk: slice) -> Tensor:
+    def _logit_gradient(self, gradient: Tensor, tanh: Tensor | None, target: Tensor, block: slice) -> Tensor:
         """From the probabilities, in place: the gradient of ``upstream * losses`` by the logits before the scale."""
         smoothing = self.spec.label_smoothing
         chosen = gradient.gather(1, target) - (1.0 - smoothing)
@@ -245,15 +263,7 @@ class _Chunks:
         if tanh is not None:
             gradient.addcmul_(gradient, tanh.square_(), value=-1)
         if self.upstream is not None:
-            gradient.mul_(self.rows.take(self.upstream, chunk)[:, None])
+            gradient.mul_(self.rows.take(self.upstream, block)[:, None])
         if self.rows.ignored is not None:
-            gradient.masked_fill_(self.rows.ignored[chunk, None], 0)
+            gradient.masked_fill_(self.rows.ignored[block, None], 0)
         return gradient
-
-    def _add_gradients(self, gradient: Tensor, x: Tensor, chunk: slice) -> None:
-        """gradient [C, V]: by the logits before the scale; x [C, H]. Overwrites the chunk's logits."""
-        if self.bias is not None:
-            self.bias.add_(gradient.sum(0))
-        hidden = self.products.gradients(gradient, x, hidden=self.hidden is not None)
-        if hidden is not None and self.hidden is not None:
-            self.rows.put((hidden.to(self.dtype) * self.factor).to(self.hidden.dtype), chunk, self.hidden)

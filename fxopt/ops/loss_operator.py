@@ -204,7 +204,9 @@ def _forward_memory(hidden: Tensor, weight: Tensor, bias: Tensor | None, target:
     return _memory(hidden, weight, call, call.now, loss)
 
 
-def _recompute_memory(upstream: Any, hidden: Tensor, weight: Tensor, bias: Any, target: Any, *constants: Any) -> OpMemory:
+def _recompute_memory(
+    upstream: Any, hidden: Tensor, weight: Tensor, bias: Any, target: Any, *constants: Any
+) -> OpMemory:
     call = _Call.of(constants)
     return _memory(hidden, weight, call, call.wanted, ())
 

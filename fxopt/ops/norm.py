@@ -49,7 +49,9 @@ def norm(
 
 def _check_spec(spec: NormSpec) -> None:
     if spec.kind not in KINDS or spec.eps_at not in EPS_AT:
-        raise ValueError(f"kind is one of {', '.join(KINDS)}, eps_at of {', '.join(EPS_AT)}: not {spec.kind!r}, {spec.eps_at!r}")
+        raise ValueError(
+            f"kind is one of {', '.join(KINDS)}, eps_at of {', '.join(EPS_AT)}: not {spec.kind!r}, {spec.eps_at!r}"
+        )
     if spec.compute.itemsize < 4:
         raise ValueError(f"statistics are computed in float32 or float64, not {spec.compute}")
     for dtype in (spec.compute, spec.normalized, spec.affine, spec.output):
@@ -57,7 +59,9 @@ def _check_spec(spec: NormSpec) -> None:
             raise TypeError(f"a norm has floating dtypes only, not {dtype}")
 
 
-def _check_tensors(x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, gate: Tensor | None) -> None:
+def _check_tensors(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, gate: Tensor | None
+) -> None:
     if x.dim() == 0:
         raise ValueError("x is a scalar: there is no axis to normalise")
     for name, one in (("weight", weight), ("bias", bias)):

@@ -63,8 +63,9 @@ class NormSpec:
         return torch.finfo(self.compute).eps if self.eps is None else self.eps
 
 
-def forward(s: Tensor, weight: Tensor | None, bias: Tensor | None, gate: Tensor | None, spec: NormSpec
-            ) -> tuple[Tensor, Tensor, Tensor | None]:
+def forward(
+    s: Tensor, weight: Tensor | None, bias: Tensor | None, gate: Tensor | None, spec: NormSpec
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """The result [..., H] in `output`, and rstd and mean [..., 1] in `compute` (no mean for "rms").
 
     s [..., H] of any floating dtype, weight and bias [H] or None, gate as s or None.
@@ -83,9 +84,18 @@ def forward(s: Tensor, weight: Tensor | None, bias: Tensor | None, gate: Tensor 
     return a.to(spec.output), rstd, mean
 
 
-def gradients(upstream: Tensor, stream: Tensor | None, s: Tensor, weight: Tensor | None, bias: Tensor | None,
-              gate: Tensor | None, rstd: Tensor, mean: Tensor | None, spec: NormSpec,
-              wanted: Sequence[bool]) -> list[Tensor | None]:
+def gradients(
+    upstream: Tensor,
+    stream: Tensor | None,
+    s: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    gate: Tensor | None,
+    rstd: Tensor,
+    mean: Tensor | None,
+    spec: NormSpec,
+    wanted: Sequence[bool],
+) -> list[Tensor | None]:
     """Gradients by s, weight, bias and gate, in the dtype of each; None where not `wanted`, or there is no such input.
 
     upstream, stream: gradients of the result and of s itself (or None), both [..., H]. The normalised values are
@@ -113,7 +123,9 @@ def gradients(upstream: Tensor, stream: Tensor | None, s: Tensor, weight: Tensor
     return found
 
 
-def _by_s(g: Tensor, unit: Tensor, follows: Tensor | float, rstd: Tensor, stream: Tensor | None, spec: NormSpec) -> Tensor:
+def _by_s(
+    g: Tensor, unit: Tensor, follows: Tensor | float, rstd: Tensor, stream: Tensor | None, spec: NormSpec
+) -> Tensor:
     """The formula of the module, `unit` being d * rstd and `follows` k; overwrites `unit`."""
     along = (g * unit).mean(-1, keepdim=True) * follows
     by_s = torch.sub(g, unit.mul_(along))
@@ -130,7 +142,9 @@ def _sensitivity(d: Tensor, rstd: Tensor, spec: NormSpec) -> Tensor | float:
     root = _mean_square(d).sqrt().to(spec.backward)
     if spec.eps_at == "floor":
         return (root >= spec.epsilon).to(root.dtype)
-    return torch.where(root == 0, 0.0, 1 / (root * rstd.to(root.dtype)))  # as ATen has it, the norm of a zero row has gradient zero
+    return torch.where(
+        root == 0, 0.0, 1 / (root * rstd.to(root.dtype))
+    )  # as ATen has it, the norm of a zero row has gradient zero
 
 
 def _mean_square(d: Tensor) -> Tensor:

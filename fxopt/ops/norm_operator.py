@@ -102,20 +102,40 @@ _forward.register_autograd(_backward, setup_context=_setup_context)
     f"Tensor mean, {_CONSTANTS}, bool need_s, bool need_weight, bool need_bias, bool need_gate)"
     " -> (Tensor by_s, Tensor by_weight, Tensor by_bias, Tensor by_gate)",
 )
-def _gradients(upstream: Tensor, by_stream: Maybe, s: Tensor, weight: Maybe, bias: Maybe, gate: Maybe, rstd: Tensor,
-               mean: Tensor, *constants: Any) -> Tensors:
+def _gradients(
+    upstream: Tensor,
+    by_stream: Maybe,
+    s: Tensor,
+    weight: Maybe,
+    bias: Maybe,
+    gate: Maybe,
+    rstd: Tensor,
+    mean: Tensor,
+    *constants: Any,
+) -> Tensors:
     spec, wanted = NormSpec(*constants[:-4]), constants[-4:]
     with torch.autocast(s.device.type, enabled=False):
         found = gradients(
             upstream, by_stream, s, weight, bias, gate, rstd, mean if spec.kind == "layer" else None, spec, wanted
         )  # fmt: skip
     likes = (s, weight, bias, gate)
-    return tuple(s.new_empty(0) if one is None else _laid_out(one, like) for one, like in zip(found, likes, strict=True))
+    return tuple(
+        s.new_empty(0) if one is None else _laid_out(one, like) for one, like in zip(found, likes, strict=True)
+    )
 
 
 @_gradients.register_fake
-def _fake_gradients(upstream: Tensor, by_stream: Maybe, s: Tensor, weight: Maybe, bias: Maybe, gate: Maybe, rstd: Tensor,
-                    mean: Tensor, *constants: Any) -> Tensors:
+def _fake_gradients(
+    upstream: Tensor,
+    by_stream: Maybe,
+    s: Tensor,
+    weight: Maybe,
+    bias: Maybe,
+    gate: Maybe,
+    rstd: Tensor,
+    mean: Tensor,
+    *constants: Any,
+) -> Tensors:
     likes = zip((s, weight, bias, gate), constants[-4:], strict=True)
     return tuple(torch.empty_like(like) if want and like is not None else s.new_empty(0) for like, want in likes)
 
@@ -139,8 +159,19 @@ def _forward_flops(x: Any, residual: Any, weight: Any, bias: Any, gate: Any, kin
 
 
 @register_flop_formula(torch.ops.fxopt.norm_backward)
-def _backward_flops(upstream: Any, by_stream: Any, s: Any, weight: Any, bias: Any, gate: Any, rstd: Any, mean: Any,
-                    kind: str, *constants: Any, **_: Any) -> int:
+def _backward_flops(
+    upstream: Any,
+    by_stream: Any,
+    s: Any,
+    weight: Any,
+    bias: Any,
+    gate: Any,
+    rstd: Any,
+    mean: Any,
+    kind: str,
+    *constants: Any,
+    **_: Any,
+) -> int:
     """As above: normalise again, two products and a sum along the row, scale; a product and a sum by weight."""
     need_s, need_weight, need_bias, need_gate = constants[-4:]
     layer = kind == "layer"
@@ -157,8 +188,9 @@ def _forward_memory(x: Tensor, residual: Maybe, *arguments: Any) -> OpMemory:
     return OpMemory(_bytes(_fake_forward(x, residual, *arguments)), x.numel() * a_row)
 
 
-def _backward_memory(upstream: Tensor, by_stream: Maybe, s: Tensor, weight: Maybe, bias: Maybe, gate: Maybe,
-                     *arguments: Any) -> OpMemory:
+def _backward_memory(
+    upstream: Tensor, by_stream: Maybe, s: Tensor, weight: Maybe, bias: Maybe, gate: Maybe, *arguments: Any
+) -> OpMemory:
     """The normalised row and a product with it; the widened upstream; silu and its slope."""
     wide = NormSpec(*arguments[2:-4]).backward
     tensors = 2 + 2 * (upstream.dtype != wide) + 2 * (gate is not None)

@@ -50,32 +50,30 @@ class AtenProducts:
             return torch.mm(x, self.weight.t(), out=out)
         return torch.addmm(self.bias, x, self.weight.t(), out=out)
 
-    def gradients(self, d: Tensor, x: Tensor, *, hidden: bool) -> Tensor | None:
-        """Add d.T @ x to the accumulator, if there is one, and return d @ weight [C, H] if `hidden`.
-
-        d [C, V] is the accumulator's dtype, x [C, H] weight's; the result is weight's dtype. Overwrites the logits.
-        """
-        narrow = d if d.dtype == x.dtype else self.buffer[: d.shape[0]].copy_(d)
-        if self.accumulator is not None:
-            # fp16 partial sums can pass 65504, and no CPU multiplies fp16 faster than fp32.
-            self._accumulate(self.accumulator, *((d, x.to(d.dtype)) if x.dtype == torch.float16 else (narrow, x)))
-        return self._times_weight(narrow) if hidden else None
-
-    def weight_gradient(self, factor: float | Tensor, dtype: torch.dtype) -> Tensor:
-        """``factor * accumulator`` rounded once to `dtype`, [V, H] in weight's layout. Frees the logits: call it last."""
-        assert self.accumulator is not None
-        self.buffer = self.buffer.new_empty(0)
-        return torch.mul(self.accumulator, factor, out=torch.empty_like(self.like, dtype=dtype))
-
-    def _times_weight(self, d: Tensor) -> Tensor:
+    def times_weight(self, d: Tensor) -> Tensor:
+        """``d @ weight``, [C, V] -> new [C, H]."""
         return torch.mm(d, self.weight)
 
-    def _accumulate(self, total: Tensor, d: Tensor, x: Tensor) -> None:
+    def accumulate(self, d: Tensor, x: Tensor) -> None:
+        """Add ``d.T @ x`` to the accumulator, if there is one: d [C, V], x [C, H]."""
+        total = self.accumulator
+        if total is None:
+            return
         if d.dtype == total.dtype:
             total.addmm_(d.t(), x)
             return
         for piece in slices(d.shape[1], self.piece(self.weight)):
-            total[piece].add_(torch.mm(d[:, piece].t(), x))
+            part = d[:, piece].t()
+            if d.dtype == torch.float16:  # partial sums can pass 65504, and few CPUs multiply fp16 faster than fp32
+                total[piece].addmm_(part.to(total.dtype), x.to(total.dtype))
+            else:
+                total[piece].add_(torch.mm(part, x))
+
+    def weight_gradient(self, factor: float | Tensor, dtype: torch.dtype) -> Tensor:
+        """``factor * accumulator`` rounded once to `dtype`, [V, H] in weight's layout. Frees the logits; comes last."""
+        assert self.accumulator is not None
+        self.buffer = self.buffer.new_empty(0)
+        return torch.mul(self.accumulator, factor, out=torch.empty_like(self.like, dtype=dtype))
 
 
 class OneDnnProducts(AtenProducts):
@@ -97,11 +95,13 @@ class OneDnnProducts(AtenProducts):
     def logits(self, x: Tensor) -> Tensor:
         return onednn_linear(x, self.weight, self.bias)
 
-    def _times_weight(self, d: Tensor) -> Tensor:
+    def times_weight(self, d: Tensor) -> Tensor:
         return onednn_linear(d, self.weight.t())
 
-    def _accumulate(self, total: Tensor, d: Tensor, x: Tensor) -> None:
-        columns, total = x.t().contiguous(), total.t()
+    def accumulate(self, d: Tensor, x: Tensor) -> None:
+        if self.accumulator is None:
+            return
+        columns, total = x.t().contiguous(), self.accumulator.t()
         for piece in slices(x.shape[1], self.piece(self.weight)):
             total[piece].add_(onednn_linear(columns[piece], d.t()))
 
@@ -117,14 +117,14 @@ def products_for(weight: Tensor, bias: Tensor | None, rows: int, accumulates: bo
 def piece_bytes(weight: Tensor) -> int:
     """Bytes of the product that waits to be added to the accumulator: about, for a weight [V, H]."""
     kind = _kind(weight)
-    if kind is AtenProducts and weight.dtype != torch.bfloat16:
-        return 0
-    return min(kind.PIECE_BYTES, weight.nbytes)
+    adds_by_itself = kind is AtenProducts and weight.dtype == accumulate_dtype(weight.dtype)
+    return 0 if adds_by_itself else min(kind.PIECE_BYTES, weight.nbytes)
 
 
 def _kind(weight: Tensor) -> type[AtenProducts]:
     fits = weight.device.type in ("cpu", "meta") and weight.dtype == torch.float32 and weight.numel() > 0
-    return OneDnnProducts if fits and has_onednn() and torch.backends.cpu.get_cpu_capability() == "AVX512" else AtenProducts
+    fast = fits and has_onednn() and torch.backends.cpu.get_cpu_capability() == "AVX512"
+    return OneDnnProducts if fast else AtenProducts
 
 
 def slices(total: int, step: int) -> Iterator[slice]:

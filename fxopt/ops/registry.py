@@ -40,4 +40,3 @@ def memory_of(op: Any, *args: Any, **kwargs: Any) -> OpMemory | None:
         if op in formulas:
             return formulas[op](*args, **kwargs)
     return None
-

@@ -152,9 +152,7 @@ def step(
     return Step(scalar.detach(), kept, gradients, max(torch.finfo(d).eps for d in dtypes if d.is_floating_point))
 
 
-def truth(
-    model: nn.Module, inputs: Mapping[str, Any], *, loss: Loss = loss_of, outputs: Sequence[str] = ()
-) -> Step:
+def truth(model: nn.Module, inputs: Mapping[str, Any], *, loss: Loss = loss_of, outputs: Sequence[str] = ()) -> Step:
     """The same step in fp64, on a copy: parameters, buffers, floating inputs and every cast inside are widened."""
     wide = copy.deepcopy(model).double()
     with Widen():

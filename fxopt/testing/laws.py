@@ -122,13 +122,22 @@ def as_near_as(original: fx.GraphModule, rewritten: fx.GraphModule, tensors: lis
     """Law 3. Raises AssertionError naming the output or gradient and the errors."""
     from fxopt.differential import in_double
 
-    double = [value.detach().double().requires_grad_(value.requires_grad) if value.is_floating_point() else value for value in tensors]
-    exact, eager, ours = _results(in_double(original), double), _results(original, tensors), _results(rewritten, tensors)
+    double = [
+        value.detach().double().requires_grad_(value.requires_grad) if value.is_floating_point() else value
+        for value in tensors
+    ]
+    exact, eager, ours = (
+        _results(in_double(original), double),
+        _results(original, tensors),
+        _results(rewritten, tensors),
+    )
     eps = max([torch.finfo(value.dtype).eps for value in tensors if value.is_floating_point()], default=0.0)
     for name, reference in exact.items():
         theirs, mine = relative_error(_wide(eager[name]), reference), relative_error(_wide(ours[name]), reference)
         allowed = RATIO * theirs + FLOOR * eps
-        assert mine <= allowed, f"{name}: error {mine:.2e} against fp64, the spelling's is {theirs:.2e}, allowed {allowed:.2e}"
+        assert mine <= allowed, (
+            f"{name}: error {mine:.2e} against fp64, the spelling's is {theirs:.2e}, allowed {allowed:.2e}"
+        )
 
 
 def _wide(value: Tensor | None) -> Tensor | None:
@@ -141,14 +150,22 @@ def _names(chosen: Mapping[str, Any]) -> list[str]:
 
 def _results(fn: Callable[..., Any], tensors: list[Tensor]) -> dict[str, Tensor | None]:
     """Outputs of `fn`, and gradients of an unevenly weighed sum of them (a plain sum's cancel in norms)."""
-    leaves = [value.detach().clone(memory_format=torch.preserve_format).requires_grad_(value.requires_grad) for value in tensors]
+    leaves = [
+        value.detach().clone(memory_format=torch.preserve_format).requires_grad_(value.requires_grad)
+        for value in tensors
+    ]
     out = fn(*leaves)
     outputs = [value for value in (out if isinstance(out, list | tuple) else [out]) if isinstance(value, Tensor)]
     found: dict[str, Tensor | None] = {f"output {index}": value.detach() for index, value in enumerate(outputs)}
     wanted = [(index, leaf) for index, leaf in enumerate(leaves) if leaf.requires_grad]
-    losses = [(value.reshape(-1) * torch.linspace(0.5, 1.5, value.numel(), dtype=value.dtype)).sum().double()
-              for value in outputs if value.requires_grad]
+    losses = [
+        (value.reshape(-1) * torch.linspace(0.5, 1.5, value.numel(), dtype=value.dtype)).sum().double()
+        for value in outputs
+        if value.requires_grad
+    ]
     if wanted and losses:
         gradients = torch.autograd.grad(torch.stack(losses).sum(), [leaf for _, leaf in wanted], allow_unused=True)
-        found |= {f"gradient of input {index}": gradient for (index, _), gradient in zip(wanted, gradients, strict=True)}
+        found |= {
+            f"gradient of input {index}": gradient for (index, _), gradient in zip(wanted, gradients, strict=True)
+        }
     return found
