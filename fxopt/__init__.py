@@ -8,8 +8,9 @@ from fxopt.fallback import FxoptWarning
 from fxopt.options import OptionError, Options
 from fxopt.report import Report, clear_reports, reports
 from fxopt.rule import Cost, NoSite, Pattern, Refusal, Region, Rewrite, Rule, Site
+from fxopt.version import VERSION
 
-__version__ = "0.1.0"
+__version__ = VERSION
 
 __all__ = [
     "Cost",

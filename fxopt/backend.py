@@ -16,6 +16,7 @@ from fxopt.outputs import OutputPlan, defer_outputs
 from fxopt.report import GraphReport, Report, record, reports
 from fxopt.rewrite import apply_rule, copy_module
 from fxopt.stages import Stages
+from fxopt.version import VERSION
 
 Compiler = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]
 
@@ -34,9 +35,10 @@ def fxopt(
     """
     parsed = Options.parse(options)
     patches = compat.mode_options(mode) | dict(parsed.inductor)
+    key = f"fxopt {VERSION} {parsed.cache_key()}"
     name = f"graph {len(reports())}"
     found, compiled = run(
-        gm, example_inputs, parsed, lambda graph, inputs: compat.compile_graph(graph, inputs, patches), name
+        gm, example_inputs, parsed, lambda graph, inputs: compat.compile_graph(graph, inputs, patches, key), name
     )
     record(Report([found]))
     return compiled
@@ -46,9 +48,9 @@ def run(
     gm: fx.GraphModule, inputs: Sequence[Any], options: Options, compiler: Compiler, name: str = "graph 0"
 ) -> tuple[GraphReport, Callable[..., Any]]:
     """Take one Dynamo graph through the stages. Returns what was decided and the callable for Dynamo."""
-    stages = Stages(gm, options, name)
+    stages, nothing = Stages(gm, options, name), list[str]()
     graph = stages.run("capture", lambda: capture(gm, stages), otherwise=gm)
-    graph, deferrable = stages.run("rewrite", lambda: rewrite(graph, inputs, stages), otherwise=(graph, []))
+    graph, deferrable = stages.run("rewrite", lambda: rewrite(graph, inputs, stages), otherwise=(graph, nothing))
     graph, plan = stages.run("outputs", lambda: defer(graph, deferrable, stages), otherwise=(graph, OutputPlan()))
     compiled = stages.run("compile", lambda: plan.wrap(compiler(graph, inputs)), otherwise=None)
     return stages.finish(), compiled or compiler(gm, inputs)

@@ -22,15 +22,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 __all__ = [
     "DYNAMO_CONTROL",
+    "STATE_SWITCHES",
     "FakeTensor",
     "FakeTensorMode",
     "HigherOrderOperator",
     "OpOverload",
-    "STATE_SWITCHES",
     "PassesThroughDynamo",
+    "TorchDispatchMode",
     "compile_graph",
     "disabled_torch_function",
-    "TorchDispatchMode",
     "fake_mode_of",
     "forbid_data_pointer",
     "ignoring_fresh_symbols",
@@ -80,15 +80,17 @@ def trace_atens(fn: Callable[..., Any], values: Sequence[Any]) -> fx.GraphModule
         return make_fx(fn, pre_dispatch=True, tracing_mode="real", _allow_non_fake_inputs=True)(*values)
 
 
-def compile_graph(gm: fx.GraphModule, inputs: Sequence[Any], patches: Mapping[str, Any]) -> Callable[..., Any]:
-    """Compile `gm` for training with Inductor. The backward is lowered now, so that it fails now if it fails."""
+def compile_graph(
+    gm: fx.GraphModule, inputs: Sequence[Any], patches: Mapping[str, Any], key: str = ""
+) -> Callable[..., Any]:
+    """Compile `gm` for training with Inductor. The backward is lowered now, so that it fails now if it fails.
+
+    Torch's caches are keyed on the graph; what fxopt's operators do in it, backward too, is known by `key`.
+    """
     from torch._functorch import config as functorch_config
     from torch._inductor.compile_fx import compile_fx
 
-    from fxopt import __version__
-
-    # Caches are keyed on the graph; what fxopt's operators do, backward too, depends on its version.
-    tag = f"{torch.compiler.config.cache_key_tag} fxopt {__version__}"
+    tag = f"{torch.compiler.config.cache_key_tag} {key}"
     lowering = functorch_config.patch(force_non_lazy_backward_lowering=True)
     with lowering, patched(torch.compiler.config, "cache_key_tag", tag):
         return compile_fx(gm, list(inputs), config_patches=dict(patches))  # type: ignore[return-value]

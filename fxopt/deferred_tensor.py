@@ -307,14 +307,13 @@ def _refuse_new_shape(func: OpOverload, args: Any) -> None:
 
 
 def _after_write(func: OpOverload, use: _Use) -> None:
-    value, shared = use.deferred, use.deferred._source.value
+    value = use.deferred
     if use.plain.shape != value.shape:
         raise RuntimeError(f"{_ways_out(value)}: {func} resized it from {list(value.shape)} to {list(use.plain.shape)}")
-    # Most operators count a write to `value` before they come here, but not `_foreach_mul_` and its like, and its older
-    # views would keep their gradients. Compiled code may have saved the plain values, and must be told too.
-    for tensor in (value, shared):
-        if tensor is not None and not tensor.is_inference():
-            torch.autograd.graph.increment_version(tensor)
+    # Most operators count a write to what they were given; `_foreach_mul_` and its like leave that to their kernels,
+    # which see the plain tensor only. Uncounted, older views would keep the gradients of what they showed before.
+    if not value.is_inference():
+        torch.autograd.graph.increment_version(value)
 
 
 def _ways_out(value: DeferredTensor) -> str:

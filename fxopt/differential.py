@@ -17,7 +17,7 @@ from fxopt.rewrite import copy_module
 from fxopt.verify import VerificationError
 
 TOLERANCE = 1e-9
-"""Largest relative difference: 1e-16 of rounding, times the few hundred operations and the cancellation of a deep graph."""
+"""Largest relative difference: 1e-16 of rounding, times the hundreds of operations and cancellation of a deep graph."""
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 

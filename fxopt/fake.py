@@ -12,6 +12,19 @@ from torch import fx
 from fxopt import compat
 
 
+def arguments(node: fx.Node) -> tuple[Any, ...]:
+    """`node.args`; fx types them as a union too wide to index."""
+    return node.args
+
+
+def bound_arguments(node: fx.Node) -> dict[str, Any]:
+    """The arguments of an operator's node by its schema's names, in its order, with defaults filled in."""
+    target: Any = node.target
+    declared = target._schema.arguments
+    given = dict(zip([argument.name for argument in declared], node.args, strict=False)) | dict(node.kwargs)
+    return {argument.name: given.get(argument.name, argument.default_value) for argument in declared}
+
+
 def value_of(node: Any) -> Any:
     """The fake value of `node` (its own in a canonical graph, Dynamo's in a Dynamo graph); constants are themselves."""
     if not isinstance(node, fx.Node):

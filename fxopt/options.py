@@ -53,7 +53,8 @@ class Options:
                 raise OptionError(f"fxopt has no option {key!r}{_nearest(key, names)}. Options: {', '.join(names)}.")
         if "dump" not in values and os.environ.get("FXOPT_DUMP"):
             values["dump"] = os.environ["FXOPT_DUMP"]
-        parsed = cls(**{key: _PARSERS[key](values[key]) for key in names if key in values})
+        found: dict[str, Any] = {key: _PARSERS[key](values[key]) for key in names if key in values}
+        parsed = cls(**found)
         known = [rule.name for rule in parsed.active_rules()]
         for name in parsed.force:
             if name not in known:
@@ -61,6 +62,11 @@ class Options:
                     f"option force: no rule {name!r}{_nearest(str(name), known)}. Rules: {', '.join(known)}."
                 )
         return parsed
+
+    def cache_key(self) -> str:
+        """What these options and the rules' versions add to the keys of torch's caches."""
+        rules = " ".join(f"{rule.name}={rule.version}" for rule in self.active_rules())
+        return f"{rules} force={sorted(self.force)} logits={self.logits}"
 
     def active_rules(self) -> list[Rule]:
         """The rules these options leave in force, in the order they run."""
@@ -80,7 +86,7 @@ def _logits(value: Any) -> Logits:
     choices = list(get_args(Logits))
     if value not in choices:
         raise OptionError(f"option logits={value!r}{_nearest(value, choices)} is not one of {choices}.")
-    return value  # type: ignore[no-any-return]
+    return value
 
 
 def _bool(value: Any) -> bool:
@@ -102,9 +108,8 @@ def _rules(value: Any) -> tuple[Any, ...]:
     for item in _sequence("rules", value):
         if isinstance(item, str):
             if item.removeprefix("-") not in known:
-                raise OptionError(
-                    f"option rules: no rule {item!r}{_nearest(item.removeprefix('-'), known)}. Rules: {', '.join(known)}."
-                )
+                near = _nearest(item.removeprefix("-"), known)
+                raise OptionError(f"option rules: no rule {item!r}{near}. Rules: {', '.join(known)}.")
         elif not isinstance(item, Rule):
             raise OptionError(f"option rules: {item!r} is neither a rule name nor an fxopt.Rule.")
     return tuple(value)

@@ -15,7 +15,7 @@ from torch import fx
 
 from fxopt import compat
 from fxopt.deferred import Projection, deferred
-from fxopt.fake import propagate, value_of
+from fxopt.fake import arguments, propagate, value_of
 from fxopt.projection import check_moves, moved_rows, projection_of
 from fxopt.rule import Place
 from fxopt.verify import is_removable
@@ -82,7 +82,7 @@ def defer_outputs(gm: fx.GraphModule, names: Sequence[str]) -> OutputPlan:
     The caller recompiles nothing: `gm` is recompiled and propagated here.
     """
     output = next(iter(reversed(gm.graph.nodes)))
-    results: list[Any] = list(output.args[0])  # type: ignore[arg-type]
+    results: list[Any] = list(arguments(output)[0])
     count = len(results)
     found: list[DeferredOutput] = []
     for node in [node for node in gm.graph.nodes if node.name in set(names)]:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fxopt.fake import value_of
+from fxopt.fake import arguments, value_of
 from fxopt.rule import NoSite
 
 aten = torch.ops.aten
@@ -151,15 +151,15 @@ def _at_linear(linear: fx.Node, bias: fx.Node | None, steps: tuple[fx.Node, ...]
 
 def _untransposed(weight: fx.Node) -> tuple[fx.Node, bool]:
     """The [V, H] weight behind ``W.t()``, or the [H, V] operand itself."""
-    is_transpose = (
-        weight.target in (aten.t.default, aten.numpy_T.default, aten.mT.default)
-        or (
-            weight.target is aten.transpose.int and {dim % 2 for dim in weight.args[1:]} == {0, 1}  # type: ignore[operator]
-        )
-        or (weight.target is aten.permute.default and [dim % 2 for dim in weight.args[1]] == [1, 0])
-    )  # type: ignore[union-attr,operator]
-    if is_transpose and isinstance(weight.args[0], fx.Node):
-        return weight.args[0], False
+    args = arguments(weight)
+    if weight.target is aten.transpose.int:
+        is_transpose = {dim % 2 for dim in args[1:]} == {0, 1}
+    elif weight.target is aten.permute.default:
+        is_transpose = [dim % 2 for dim in args[1]] == [1, 0]
+    else:
+        is_transpose = weight.target in (aten.t.default, aten.numpy_T.default, aten.mT.default)
+    if is_transpose and isinstance(args[0], fx.Node):
+        return args[0], False
     return weight, True
 
 
@@ -182,27 +182,26 @@ class Move:
     def of(cls, step: fx.Node) -> Move:
         """The move that `step` makes. Raises `NoSite`."""
         source, result = value_of(step.args[0]), value_of(step)
-        rank = source.dim()
+        rank, args = source.dim(), arguments(step)
         if step.target in _RESHAPES or step.target in (aten.unsqueeze.default, aten.squeeze.dim):
             if str(source.shape[-1]) != str(result.shape[-1]) or result.dim() == 0:
-                raise NoSite(
-                    f"{step.name} ({step.target}) reshapes the vocabulary axis: {_shape(step.args[0])} to {_shape(step)}"
-                )
+                shapes = f"{_shape(step.args[0])} to {_shape(step)}"
+                raise NoSite(f"{step.name} ({step.target}) reshapes the vocabulary axis: {shapes}")
             sizes = tuple(result.shape[:-1])
             return cls("reshape", sizes if all(type(size) is int for size in sizes) else (None,))
         if step.target is aten.slice.Tensor or step.target is aten.select.int:
-            dim, *rest = [*step.args[1:], *([None, None] if step.target is aten.slice.Tensor else [])]
-            if dim % rank == rank - 1:  # type: ignore[operator]
+            dim, rest = args[1], args[2:]
+            if dim % rank == rank - 1:
                 raise NoSite(f"{step.name} ({step.target}) slices the vocabulary axis")
             if any(isinstance(item, fx.Node) for item in rest):
                 raise NoSite(f"{step.name} ({step.target}) has bounds known only at run time")
             return cls("slice" if step.target is aten.slice.Tensor else "select", (dim, *rest))
         if step.target is aten.transpose.int:
             order = list(range(rank))
-            one, other = (dim % rank for dim in step.args[1:])  # type: ignore[operator]
+            one, other = args[1] % rank, args[2] % rank
             order[one], order[other] = order[other], order[one]
         else:
-            order = [dim % rank for dim in step.args[1]]  # type: ignore[operator,union-attr]
+            order = [dim % rank for dim in args[1]]
         return cls("permute", tuple(order))
 
 
@@ -225,15 +224,8 @@ def moved_rows(hidden: Tensor, moves: tuple[Move, ...]) -> Tensor:
             hidden = hidden.permute(*(dim for dim in move.args if dim != last), last)
         else:
             apply = aten.slice.Tensor if move.kind == "slice" else aten.select.int
-            hidden = apply(hidden, *_without_trailing_none(move.args))
+            hidden = apply(hidden, *move.args)
     return hidden
-
-
-def _without_trailing_none(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    kept = list(args)
-    while kept and kept[-1] is None:
-        kept.pop()
-    return tuple(kept)
 
 
 def check_moves(moves: tuple[Move, ...], rank: int, classes_at: int) -> None:

@@ -99,7 +99,7 @@ class Report:
     def __str__(self) -> str:
         console = Console(file=io.StringIO(), width=150, color_system=None, force_terminal=False)
         console.print(self)
-        return console.file.getvalue().rstrip()  # type: ignore[attr-defined, no-any-return]
+        return console.file.getvalue().rstrip()  # type: ignore[attr-defined]
 
     def __rich_console__(self, console: Any, options: Any) -> Any:
         yield Text(self.verdict, style="bold")

@@ -14,13 +14,14 @@ import torch
 from torch import fx
 
 from fxopt import compat, verify
-from fxopt.fake import ambient_state, propagate, value_of
+from fxopt.fake import ambient_state, arguments, propagate, value_of
 from fxopt.rule import Cost, NoSite, Pattern, Place, Refusal, Region, Rewrite, Rule, Site
 from fxopt.simplify import is_random, mutated_arguments, storage_of
 
 __all__ = [
     "Cost",
     "NoSite",
+    "Outcome",
     "Pattern",
     "Place",
     "Refusal",
@@ -28,7 +29,6 @@ __all__ = [
     "Rewrite",
     "Rule",
     "Site",
-    "Outcome",
     "apply_rule",
     "copy_module",
     "submodules",
@@ -192,7 +192,7 @@ def replace(
     )
     given = set(env)
     with graph.inserting_before(anchor):
-        results = graph.graph_copy(new, env)
+        results: Any = graph.graph_copy(new, env)
     made = [node for inner, node in env.items() if inner not in given]
     provenance = {key: anchor.meta[key] for key in ("stack_trace", "nn_module_stack", "grad") if key in anchor.meta}
     for node in made:
@@ -204,7 +204,7 @@ def replace(
 
 def _values_of_results(new: fx.Graph) -> list[Any]:
     output = next(iter(reversed(new.nodes)))
-    return [value_of(item) for item in output.args[0]]  # type: ignore[union-attr]
+    return [value_of(item) for item in arguments(output)[0]]
 
 
 def _hand_over(site: Site, values: Sequence[Any], results: Sequence[fx.Node], moved: dict[fx.Node, fx.Node]) -> None:

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxopt.fake import value_of
+from fxopt import compat
+from fxopt.fake import arguments, bound_arguments, value_of
 
 aten = torch.ops.aten
 
@@ -76,14 +77,9 @@ def mutated_arguments(node: fx.Node) -> list[fx.Node]:
     schema = getattr(node.target, "_schema", None)
     if schema is None or not schema.is_mutable:
         return []
-    found = []
-    for index, argument in enumerate(schema.arguments):
-        if argument.is_write:
-            given = node.args[index] if index < len(node.args) else node.kwargs.get(argument.name)
-            found += [
-                item for item in (given if isinstance(given, list | tuple) else [given]) if isinstance(item, fx.Node)
-            ]
-    return found
+    given = bound_arguments(node)
+    written = compat.pytree.tree_leaves([given[argument.name] for argument in schema.arguments if argument.is_write])
+    return [item for item in written if isinstance(item, fx.Node)]
 
 
 def storage_of(value: Any) -> Any:
@@ -101,15 +97,9 @@ def mutated_storages(gm: fx.GraphModule) -> set[Any]:
 def _spell_cast(node: fx.Node) -> None:
     """Every cast that only changes the dtype becomes ``aten.to.dtype(x, dtype)``."""
     source, result = value_of(node.args[0]), value_of(node)
-    if (
-        not isinstance(source, torch.Tensor)
-        or not isinstance(result, torch.Tensor)
-        or node.target is aten.to.dtype
-        and len(node.args) == 2
-    ):
+    if not isinstance(source, torch.Tensor) or not isinstance(result, torch.Tensor):
         return
-    names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
-    given = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+    given = bound_arguments(node)
     if given.get("copy") or given.get("memory_format") is not None or given.get("pin_memory"):
         return
     if source.device == result.device and source.layout == result.layout:
@@ -127,8 +117,8 @@ def _is_identity(node: fx.Node, mutated: set[Any]) -> bool:
     if node.target in _SAME_OBJECT:
         return source is result
     if node.target in _DROPOUTS:
-        _, p, train = node.args
-        return type(p) in (int, float) and p == 0 or train is False  # ATen returns the input itself
+        _, p, train = arguments(node)
+        return train is False or (type(p) in (int, float) and bool(p == 0))  # ATen returns the input itself
     if _reaches_output(node) or not _same_layout(source, result):
         return False
     if node.target in _SAME_DATA:
@@ -155,7 +145,8 @@ def _reaches_output(node: fx.Node) -> bool:
 
 
 def _multiplies_by_one(node: fx.Node, source: torch.Tensor) -> bool:
-    return type(node.args[1]) in (int, float) and node.args[1] == 1 and not node.kwargs
+    factor = arguments(node)[1]
+    return type(factor) in (int, float) and bool(factor == 1) and not node.kwargs
 
 
 def _adds_zero(node: fx.Node, source: torch.Tensor) -> bool:

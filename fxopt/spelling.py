@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxopt.fake import value_of
+from fxopt.fake import bound_arguments, value_of
 
 aten = torch.ops.aten
 
@@ -58,8 +58,9 @@ def read(node: Any) -> Expr | None:
     if node.target is aten.div.Tensor and len(args) == 2:
         inverse = _inverse_root(args[1])
         if inverse is not None:
-            return inverse if args[0] == 1 else Expr("mul", (args[0], inverse), (node,))
-    return Expr(_NAMES.get(node.target, node.target), args, (node,))
+            return _inverse_root(args[1], node) if args[0] == 1 else Expr("mul", (args[0], inverse), (node,))
+    target: Any = node.target
+    return Expr(_NAMES.get(target, target), args, (node,))
 
 
 def _inverse_root(node: Any, *covers: fx.Node) -> Expr | None:
@@ -80,16 +81,11 @@ def _arguments(node: fx.Node) -> tuple[Any, ...]:
     schema = getattr(node.target, "_schema", None)
     if schema is None:
         return (*node.args, *node.kwargs.values())
-    given = dict(zip([argument.name for argument in schema.arguments], node.args, strict=False)) | dict(node.kwargs)
-    values = [given.get(argument.name, argument.default_value) for argument in schema.arguments]
-    rank = value_of(node.args[0]).dim() if node.args and isinstance(value_of(node.args[0]), torch.Tensor) else 0
-    named = zip(schema.arguments, values, strict=True)
-    values = [
-        _from_front(value, rank) if argument.name in ("dim", "dims") and rank else value for argument, value in named
-    ]
-    while (
-        values and values[-1] == schema.arguments[len(values) - 1].default_value and not isinstance(values[-1], fx.Node)
-    ):
+    source = value_of(node.args[0]) if node.args else None
+    rank = source.dim() if isinstance(source, torch.Tensor) else 0
+    bound = bound_arguments(node)
+    values = [_from_front(value, rank) if name in ("dim", "dims") and rank else value for name, value in bound.items()]
+    while values and not isinstance(values[-1], fx.Node) and values[-1] == schema.arguments[len(values) - 1].default_value:
         values.pop()
     return tuple(values)
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from fxopt.fake import value_of
+from fxopt.fake import arguments, bound_arguments, value_of
 from fxopt.ops.linear_cross_entropy import linear_cross_entropy
 from fxopt.projection import MOVES, POINTWISE, Move, Projection, check_moves, moved_rows, moves_of, projection_of
 from fxopt.rule import Cost, Draw, NoSite, Region, Site
@@ -138,9 +138,9 @@ def _scale_and_softcap(steps: list[fx.Node]) -> tuple[float, float | None]:
 def _factor(step: fx.Node) -> float:
     if step.target is aten.neg.default:
         return -1.0
-    if len(step.args) != 2 or step.kwargs or type(step.args[1]) not in (int, float) or step.args[1] == 0:
-        raise NoSite(f"{step.name} ({step.target}) scales the logits by {step.args[1]}, not by a constant")
-    constant = float(step.args[1])  # type: ignore[arg-type]
+    constant = arguments(step)[1]
+    if len(step.args) != 2 or step.kwargs or type(constant) not in (int, float) or constant == 0:
+        raise NoSite(f"{step.name} ({step.target}) scales the logits by {constant}, not by a constant")
     return 1.0 / constant if step.target in (aten.div.Tensor, aten.div.Scalar) else constant
 
 
@@ -182,12 +182,12 @@ def _text(shape: Any) -> str:
 
 
 def _of_cross_entropy(node: fx.Node) -> dict[str, Any]:
-    logits, target, weight, reduction, ignore_index, smoothing = _bound(node)
+    logits, target, weight, reduction, ignore_index, smoothing = bound_arguments(node).values()
     return _class_loss(logits, target, weight, reduction, ignore_index, smoothing, (node,))
 
 
 def _of_nll(node: fx.Node) -> dict[str, Any]:
-    log_probabilities, target, weight, reduction, ignore_index = _bound(node)
+    log_probabilities, target, weight, reduction, ignore_index = bound_arguments(node).values()
     softmax, later = _log_softmax_behind(log_probabilities)
     _check_axis(softmax, -1 if later else 1)
     return _class_loss(softmax.args[0], target, weight, reduction, ignore_index, 0.0, (softmax, *later, node)) | {
@@ -197,9 +197,9 @@ def _of_nll(node: fx.Node) -> dict[str, Any]:
 
 def _of_logsumexp(node: fx.Node) -> dict[str, Any]:
     """``logsumexp(x, -1) - gather(x, -1, t)`` or its negation, squeezed before or after: a value for each row."""
-    logits = node.args[0]
-    if [dim % value_of(logits).dim() for dim in node.args[1]] != [value_of(logits).dim() - 1]:  # type: ignore[union-attr,operator]
-        raise NoSite(f"{node.name} sums over axes {node.args[1]}, not over the last", 1)
+    logits, axes = arguments(node)[:2]
+    if [dim % value_of(logits).dim() for dim in axes] != [value_of(logits).dim() - 1]:
+        raise NoSite(f"{node.name} sums over axes {axes}, not over the last", 1)
     chain = _through_squeezes(node)
     users = list(chain[-1].users)
     if len(users) != 1 or users[0].target is not aten.sub.Tensor or users[0].kwargs:
@@ -267,13 +267,6 @@ def _row_loss(logits: Any, picked: dict[str, Any], nodes: tuple[fx.Node, ...], n
     }
 
 
-def _bound(node: fx.Node) -> list[Any]:
-    """The arguments of `node` with its schema's defaults filled in."""
-    schema = node.target._schema  # type: ignore[union-attr]
-    given = dict(zip([argument.name for argument in schema.arguments], node.args, strict=False)) | dict(node.kwargs)
-    return [given.get(argument.name, argument.default_value) for argument in schema.arguments]
-
-
 def _log_softmax_behind(node: Any) -> tuple[fx.Node, tuple[fx.Node, ...]]:
     """The log_softmax that `node` is, or is rearranged from, and the steps that rearrange it, in order."""
     later: list[fx.Node] = []
@@ -287,7 +280,7 @@ def _log_softmax_behind(node: Any) -> tuple[fx.Node, tuple[fx.Node, ...]]:
 
 def _check_axis(softmax: fx.Node, axis: int) -> None:
     rank = value_of(softmax).dim()
-    if softmax.args[1] % rank != axis % rank:  # type: ignore[operator]
+    if arguments(softmax)[1] % rank != axis % rank:
         raise NoSite(f"{softmax.name} normalises axis {softmax.args[1]}, the classes are axis {axis % rank}", 2)
 
 
@@ -299,7 +292,7 @@ def _gathered(node: Any) -> dict[str, Any]:
     while node.target in _SQUEEZES:
         node = node.args[0]
         nodes.append(node)
-    if node.target is not aten.gather.default or node.args[1] % value_of(node).dim() != value_of(node).dim() - 1:  # type: ignore[operator]
+    if node.target is not aten.gather.default or arguments(node)[1] % value_of(node).dim() != value_of(node).dim() - 1:
         raise NoSite(f"{node.name} ({node.target}) does not gather the target's value along the last axis", len(nodes))
     index = node.args[2]
     if str(value_of(index).shape[-1]) != "1" or _text(value_of(index).shape[:-1]) != _text(

@@ -6,7 +6,7 @@ arXiv:2411.09009) and Liger Kernel's (Hsu et al. 2024, arXiv:2410.10989); unlike
 
 With z the logits after scale and softcap, p = softmax(z), e = label_smoothing, y the target:
 
-    loss = logsumexp(z) - (1 - e) z[y] - e mean(z)
+    loss = log(sum(exp(z))) - (1 - e) z[y] - e mean(z)
     dloss/dz = p - (1 - e) onehot(y) - e / V
 
 Ignored rows are left out before the first product where that costs no synchronisation (on a CPU), and have no part in
@@ -243,23 +243,26 @@ class _Chunks:
     def _losses(self, scores: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """Losses [B] and softmax(scores) [B, V], which overwrites the scores on a CPU.
 
-        The largest probability is 1 / sum(exp(scores - max)), which spares a pass for the sum's logarithm.
+        The largest probability is 1 / sum(exp(scores - max)), which spares a pass for the sum's logarithm. The largest
+        score is subtracted before that is, as log_softmax does: a small loss is no difference of two large numbers.
         """
         smoothing = self.spec.label_smoothing
         largest, chosen = scores.amax(-1), scores.gather(1, target).squeeze(1)
-        mean = scores.sum(-1) / self.vocabulary if smoothing else 0.0
+        below = (1.0 - smoothing) * (largest - chosen)
+        if smoothing:
+            below = below + smoothing * (largest - scores.mean(-1))
         in_place = scores.device.type == "cpu"  # row by row, each element read before it is written
         probabilities = torch.softmax(scores, -1, out=scores) if in_place else torch.softmax(scores, -1)
-        logsumexp = largest - probabilities.amax(-1).log()
-        return logsumexp - (1.0 - smoothing) * chosen - smoothing * mean, probabilities
+        return below - probabilities.amax(-1).log(), probabilities
 
     def _logit_gradient(self, gradient: Tensor, tanh: Tensor | None, target: Tensor, block: slice) -> Tensor:
         """From the probabilities, in place: the gradient of ``upstream * losses`` by the logits before the scale."""
         smoothing = self.spec.label_smoothing
-        chosen = gradient.gather(1, target) - (1.0 - smoothing)
-        gradient.scatter_(1, target, chosen)
+        elsewhere = smoothing / self.vocabulary
+        chosen = gradient.gather(1, target) - (1.0 - smoothing + elsewhere)
         if smoothing:
-            gradient.sub_(smoothing / self.vocabulary)
+            gradient.sub_(elsewhere)
+        gradient.scatter_(1, target, chosen)
         if tanh is not None:
             gradient.addcmul_(gradient, tanh.square_(), value=-1)
         if self.upstream is not None:

@@ -29,7 +29,7 @@ class OpMemory:
 
 Formula = Callable[..., OpMemory]
 
-_MODULES = ("fxopt.ops.loss_operator",)
+_MODULES = ("fxopt.ops.loss_operator", "fxopt.ops.norm_operator")
 """Modules with a ``MEMORY: dict[OpOverload, Formula]``; imported at the first look-up, since they import this one."""
 
 

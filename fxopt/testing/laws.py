@@ -95,7 +95,8 @@ def check_laws(rule: Rule, spelling: Callable[..., Any], values: Mapping[str, An
     replays_exactly(spelling, original, chosen)
     outcome = apply_rule(rule, original, force=True)
     assert len(outcome.rewrites) == 1, (
-        f"{rule.name} fired {len(outcome.rewrites)} times on {spelling.__name__}: {[item.reasons for item in outcome.refusals]}"
+        f"{rule.name} fired {len(outcome.rewrites)} times on {spelling.__name__}: "
+        f"{[item.reasons for item in outcome.refusals]}"
     )
     again = apply_rule(rule, outcome.module, force=True)
     assert not again.rewrites, f"{rule.name} fires again on its own result for {spelling.__name__}"
