@@ -30,28 +30,23 @@ POINTWISE = frozenset(
         aten.neg.default,
     }
 )
-MOVES = frozenset(
+_RESHAPES = frozenset(
     {
         aten.view.default,
         aten.reshape.default,
         aten._unsafe_view.default,
         aten.flatten.using_ints,
         aten.unflatten.int,
-        aten.slice.Tensor,
-        aten.select.int,
         aten.unsqueeze.default,
         aten.squeeze.dim,
-        aten.contiguous.default,
-        aten.clone.default,
-        aten.transpose.int,
-        aten.permute.default,
-        aten.alias.default,
     }
 )
-_RESHAPES = frozenset(
-    {aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.flatten.using_ints, aten.unflatten.int}
+_PERMUTATIONS = frozenset(
+    {aten.transpose.int, aten.permute.default, aten.t.default, aten.numpy_T.default, aten.mT.default}
 )
+_CHOICES = frozenset({aten.slice.Tensor, aten.select.int})
 _COPIES = frozenset({aten.contiguous.default, aten.clone.default, aten.alias.default})
+MOVES = _RESHAPES | _PERMUTATIONS | _CHOICES | _COPIES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +56,7 @@ class Projection:
     linear:  the linear node.
     hidden:  [..., H], the layer's input.
     weight:  [V, H], or [H, V] when `transposed`.
-    bias:    [V], or None.
+    bias:    [V], or None; `added` is the node that adds it, where that is not the linear node itself.
     steps:   the pointwise and moving nodes from the linear node (excluded) to the value (included), in order.
     """
 
@@ -71,11 +66,12 @@ class Projection:
     bias: fx.Node | None
     transposed: bool
     steps: tuple[fx.Node, ...]
+    added: fx.Node | None = None
 
     @property
     def nodes(self) -> tuple[fx.Node, ...]:
-        """The linear node and every step."""
-        return (self.linear, *self.steps)
+        """The linear node, the addition of its bias and every step."""
+        return (self.linear, *([] if self.added is None else [self.added]), *self.steps)
 
     @property
     def pointwise(self) -> list[fx.Node]:
@@ -98,22 +94,28 @@ class Projection:
 def projection_of(node: fx.Node) -> Projection:
     """Walk back from `node` to the linear layer it is computed from. Raises `NoSite`, naming what stands in the way."""
     steps: list[fx.Node] = []
-    bias = None
+    bias, added = None, None
     while node.target not in LINEARS or node.op != "call_function":
         if bias is not None:
             raise NoSite(f"{node.name} ({node.target}) stands between the projection and its bias", len(steps))
         addition = _bias_addition(node)
         if addition is not None:
-            node, bias = addition
+            added, (node, bias) = node, addition
             continue
         if node.op != "call_function" or node.target not in POINTWISE | MOVES:
             what = "a graph input" if node.op == "placeholder" else f"{node.name} ({node.target})"
             raise NoSite(f"the logits come from {what}, not from a linear layer", len(steps))
-        if len(node.all_input_nodes) != 1 or node.args[0] is not node.all_input_nodes[0]:
+        if not isinstance(node.args[0], fx.Node) or not _reads_only(node, node.args[0]):
             raise NoSite(f"{node.name} ({node.target}) combines the logits with another value", len(steps))
         steps.append(node)
         node = node.args[0]
-    return _at_linear(node, bias, tuple(reversed(steps)))
+    return dataclasses.replace(_at_linear(node, bias, tuple(reversed(steps))), added=added)
+
+
+def _reads_only(step: fx.Node, source: fx.Node) -> bool:
+    """Whether `source` is the only input of `step`, symbolic sizes of a move aside."""
+    others = [item for item in step.all_input_nodes if item is not source]
+    return not others or (step.target in MOVES and not any(isinstance(value_of(item), Tensor) for item in others))
 
 
 def _bias_addition(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
@@ -152,12 +154,7 @@ def _at_linear(linear: fx.Node, bias: fx.Node | None, steps: tuple[fx.Node, ...]
 def _untransposed(weight: fx.Node) -> tuple[fx.Node, bool]:
     """The [V, H] weight behind ``W.t()``, or the [H, V] operand itself."""
     args = arguments(weight)
-    if weight.target is aten.transpose.int:
-        is_transpose = {dim % 2 for dim in args[1:]} == {0, 1}
-    elif weight.target is aten.permute.default:
-        is_transpose = [dim % 2 for dim in args[1]] == [1, 0]
-    else:
-        is_transpose = weight.target in (aten.t.default, aten.numpy_T.default, aten.mT.default)
+    is_transpose = weight.target in _PERMUTATIONS and _order(weight) == [1, 0]
     if is_transpose and isinstance(args[0], fx.Node):
         return args[0], False
     return weight, True
@@ -183,26 +180,34 @@ class Move:
         """The move that `step` makes. Raises `NoSite`."""
         source, result = value_of(step.args[0]), value_of(step)
         rank, args = source.dim(), arguments(step)
-        if step.target in _RESHAPES or step.target in (aten.unsqueeze.default, aten.squeeze.dim):
+        if step.target in _RESHAPES:
             if str(source.shape[-1]) != str(result.shape[-1]) or result.dim() == 0:
                 shapes = f"{_shape(step.args[0])} to {_shape(step)}"
                 raise NoSite(f"{step.name} ({step.target}) reshapes the vocabulary axis: {shapes}")
             sizes = tuple(result.shape[:-1])
             return cls("reshape", sizes if all(type(size) is int for size in sizes) else (None,))
-        if step.target is aten.slice.Tensor or step.target is aten.select.int:
+        if step.target in _CHOICES:
             dim, rest = args[1], args[2:]
             if dim % rank == rank - 1:
                 raise NoSite(f"{step.name} ({step.target}) slices the vocabulary axis")
             if any(isinstance(item, fx.Node) for item in rest):
                 raise NoSite(f"{step.name} ({step.target}) has bounds known only at run time")
             return cls("slice" if step.target is aten.slice.Tensor else "select", (dim, *rest))
-        if step.target is aten.transpose.int:
-            order = list(range(rank))
-            one, other = args[1] % rank, args[2] % rank
-            order[one], order[other] = order[other], order[one]
-        else:
-            order = [dim % rank for dim in args[1]]
-        return cls("permute", tuple(order))
+        return cls("permute", tuple(_order(step)))
+
+
+def _order(permutation: fx.Node) -> list[int]:
+    """The axes of the source in the order they have in `permutation`, counted from the front."""
+    args, rank = arguments(permutation), value_of(permutation).dim()
+    if permutation.target is aten.permute.default:
+        return [dim % rank for dim in args[1]]
+    if permutation.target is aten.numpy_T.default:
+        return list(range(rank))[::-1]
+    order = list(range(rank))
+    if rank > 1:
+        one, other = (args[1], args[2]) if permutation.target is aten.transpose.int else (-1, -2)
+        order[one % rank], order[other % rank] = order[other % rank], order[one % rank]
+    return order
 
 
 def moves_of(steps: Iterable[fx.Node]) -> tuple[Move, ...]:

@@ -20,7 +20,6 @@ from fxopt.rule import Cost, Draw, NoSite, Region, Site
 
 aten = torch.ops.aten
 
-_SQUEEZES = (aten.squeeze.dim, aten.squeeze.default)
 _REDUCTIONS = ("none", "mean", "sum")
 _NO_INDEX_IGNORED = -(2**63)
 """`gather` ignores no target: this value cannot be one."""
@@ -286,10 +285,10 @@ def _check_axis(softmax: fx.Node, axis: int) -> None:
 
 def _gathered(node: Any) -> dict[str, Any]:
     """``gather(x, -1, t.unsqueeze(-1))`` with an optional squeeze: x, t and the nodes."""
-    nodes = [node]
     if not isinstance(node, fx.Node):
         raise NoSite(f"{node!r} is not the target's logit")
-    while node.target in _SQUEEZES:
+    nodes = [node]
+    while _is_squeeze(node):
         node = node.args[0]
         nodes.append(node)
     if node.target is not aten.gather.default or arguments(node)[1] % value_of(node).dim() != value_of(node).dim() - 1:
@@ -302,10 +301,20 @@ def _gathered(node: Any) -> dict[str, Any]:
     return {"logits": node.args[0], "target": index, "nodes": nodes}
 
 
+def _is_squeeze(node: Any) -> bool:
+    """Whether `node` only drops axes of one element: a squeeze, or the first of one (``x[..., 0]``)."""
+    if not isinstance(node, fx.Node) or node.target not in (aten.squeeze.dim, aten.select.int):
+        return False
+    if node.target is aten.squeeze.dim:
+        return True
+    source, dim, index = arguments(node)
+    return str(value_of(source).shape[dim]) == "1" and index in (0, -1)
+
+
 def _through_squeezes(node: fx.Node) -> list[fx.Node]:
     """`node` and the squeezes that are all that reads it, one after the other."""
     chain = [node]
-    while len(chain[-1].users) == 1 and next(iter(chain[-1].users)).target in _SQUEEZES:
+    while len(chain[-1].users) == 1 and _is_squeeze(next(iter(chain[-1].users))):
         chain.append(next(iter(chain[-1].users)))
     return chain
 

@@ -17,6 +17,7 @@ def captured(fn: Callable[..., Any], *args: Any, dynamic: bool | None = None) ->
 
     def backend(gm: fx.GraphModule, inputs: Any) -> Callable[..., Any]:
         found.append(capture(gm))
+        found[-1].module.meta["inputs"] = list(inputs)
         return gm.forward
 
     torch.compiler.reset()

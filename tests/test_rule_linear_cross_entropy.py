@@ -1,0 +1,213 @@
+"""The loss rule: every spelling it takes, every reason it gives, and what becomes of the logits' other readers."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from graphs import captured, targets
+
+import fxopt
+from fxopt.deferred import DeferredTensor
+from fxopt.passes.linear_cross_entropy import RULE
+from fxopt.rewrite import apply_rule
+
+B, T, H, V = 2, 5, 8, 24
+
+
+def arguments(dtype=torch.float32):
+    hidden = torch.randn(B, T, H, dtype=dtype, requires_grad=True)
+    weight = torch.randn(V, H, dtype=dtype, requires_grad=True)
+    return hidden, weight, torch.randint(0, V, (B, T))
+
+
+def applied(fn, *args, dynamic=None, **how):
+    return apply_rule(RULE, captured(fn, *(args or arguments()), dynamic=dynamic).module, **how)
+
+
+def loss_of(logits, target, **how):
+    return F.cross_entropy(logits.reshape(-1, logits.shape[-1]), target.reshape(-1), **how)
+
+
+SPELLINGS = {
+    "matmul": lambda h, w, t: loss_of(h @ w.t(), t),
+    "mT": lambda h, w, t: loss_of(h @ w.mT, t),
+    "transpose": lambda h, w, t: loss_of(torch.matmul(h, w.transpose(0, 1)), t),
+    "addmm": lambda h, w, t: loss_of(torch.addmm(w[:, 0], h.flatten(0, 1), w.t()), t),
+    "bias added": lambda h, w, t: loss_of(h @ w.t() + w[:, 0], t),
+    "linear with bias": lambda h, w, t: loss_of(F.linear(h, w, w.sum(-1)), t),
+    "scale": lambda h, w, t: loss_of(F.linear(h, w) * 0.25, t),
+    "divided": lambda h, w, t: loss_of((F.linear(h, w) / 8.0).float(), t),
+    "softcap": lambda h, w, t: loss_of(torch.tanh(F.linear(h, w) / 5.0) * 5.0, t),
+    "scale and softcap": lambda h, w, t: loss_of(torch.tanh(F.linear(h, w) * 0.5 / 5.0).double() * 5.0, t),
+    "shifted labels": lambda h, w, t: loss_of(F.linear(h, w).float(), F.pad(t, (0, 1), value=-100)[..., 1:].contiguous()),
+    "shifted logits": lambda h, w, t: loss_of(F.linear(h, w)[..., :-1, :].contiguous(), t[..., 1:].contiguous()),
+    "last token": lambda h, w, t: F.cross_entropy(F.linear(h, w)[:, -1], t[:, -1]),
+    "classes second": lambda h, w, t: F.cross_entropy(F.linear(h, w).transpose(1, 2), t),
+    "classes second, permuted": lambda h, w, t: F.cross_entropy(F.linear(h, w).permute(1, 2, 0), t.t()),
+    "sum over items": lambda h, w, t: loss_of(F.linear(h, w).float(), t, reduction="sum") / 7,
+    "none, masked": lambda h, w, t: (loss_of(F.linear(h, w), t, reduction="none") * (t.reshape(-1) > 3)).sum(),
+    "none, classes second": lambda h, w, t: F.cross_entropy(F.linear(h, w).mT, t, reduction="none").mean(),
+    "smoothing": lambda h, w, t: loss_of(F.linear(h, w), t, label_smoothing=0.2, ignore_index=3),
+    "nll": lambda h, w, t: F.nll_loss(F.log_softmax(F.linear(h, w), -1).view(-1, V), t.view(-1)),
+    "nll in fp32": lambda h, w, t: F.nll_loss(F.linear(h, w).view(-1, V).log_softmax(-1, torch.float32), t.view(-1)),
+    "nll, classes second": lambda h, w, t: F.nll_loss(F.linear(h, w).mT.log_softmax(1), t),
+    "logsumexp": lambda h, w, t: (lambda z: (z.logsumexp(-1) - z.gather(-1, t[..., None])[..., 0]).mean())(F.linear(h, w)),
+    "logsumexp kept": lambda h, w, t: (
+        lambda z: (z.logsumexp(-1, keepdim=True) - z.gather(-1, t.unsqueeze(-1))).mean()
+    )(F.linear(h, w)),
+    "log probability": lambda h, w, t: (
+        lambda z: (z.gather(-1, t.unsqueeze(-1)).squeeze(-1) - z.logsumexp(-1)).exp().sum()
+    )(F.linear(h, w)),
+    "gathered": lambda h, w, t: F.linear(h, w).log_softmax(-1).gather(-1, t.unsqueeze(-1)).squeeze(-1).sum(),
+    "gathered, negated": lambda h, w, t: (-F.linear(h, w).log_softmax(-1).gather(2, t.unsqueeze(2))).mean(),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("name", SPELLINGS)
+def test_spellings_are_found_and_right(name, dynamic):
+    from fxopt.differential import same_function
+
+    args = arguments()
+    graph = captured(SPELLINGS[name], *args, dynamic=dynamic).module
+    outcome = apply_rule(RULE, graph)
+    assert len(outcome.rewrites) == 1, [item.reasons for item in outcome.refusals]
+    assert not any("softmax" in target or "cross_entropy_loss" in target for target in targets(outcome.module))
+    if not dynamic:
+        same_function(graph, outcome.module, graph.meta["inputs"])
+
+
+REFUSED = {
+    "class weights": (lambda h, w, t: loss_of(F.linear(h, w), t, weight=w[:, 0].detach()), "weighs its classes"),
+    "probabilities": (lambda h, w, t: loss_of(F.linear(h, w), F.one_hot(t, V).float().view(-1, V)), None),
+    "scaled by a tensor": (lambda h, w, t: loss_of(F.linear(h, w) * h.mean(), t), "combines the logits with another value"),
+    "integer logits": (lambda h, w, t: loss_of(F.linear(h, w).int().float(), t), "casts the logits to torch.int32"),
+    "another activation": (lambda h, w, t: loss_of(F.linear(h, w).relu(), t), "come from relu (aten.relu.default)"),
+    "two caps": (lambda h, w, t: loss_of(F.linear(h, w).tanh().tanh(), t), "is a second tanh"),
+    "negative cap": (lambda h, w, t: loss_of(F.linear(h, w).tanh() * -2.0, t), "capped by -2.0"),
+    "vocabulary sliced": (lambda h, w, t: loss_of(F.linear(h, w)[..., :20], t.clamp(max=19)), "slices the vocabulary axis"),
+    "wrong axis": (lambda h, w, t: F.cross_entropy(F.linear(h, w[:T]), t[:, :T] % T), "takes its classes along axis 1"),
+    "softmax axis": (lambda h, w, t: F.nll_loss(F.linear(h, w).log_softmax(0).view(-1, V), t.view(-1)), "normalises axis 0"),
+    "not a layer": (lambda h, w, t: loss_of(torch.matmul(h, h.mT), t % T), "no linear layer"),
+    "an embedding's rows": (lambda h, w, t: loss_of(w[t], t % H), "not from a linear layer"),
+    "another's target": (
+        lambda h, w, t: (F.linear(h, w).logsumexp(-1) - (2 * F.linear(h, w)).gather(-1, t[..., None])[..., 0]).mean(), None,
+    ),
+    "summed over rows": (
+        lambda h, w, t: (lambda z: (z.logsumexp(1) - z.gather(-1, t[:, :1, None].expand(B, V, 1))[..., 0]).mean())(F.linear(h, w)),
+        None,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refusals_say_why(name):
+    fn, sentence = REFUSED[name]
+    try:
+        outcome = applied(fn)
+    except RuntimeError:
+        assert sentence is None  # not a program PyTorch runs
+        return
+    assert not outcome.rewrites
+    (refusal,) = outcome.refusals
+    assert sentence is None or sentence in refusal.reasons[0], refusal.reasons
+
+
+def test_small_vocabularies_are_left_alone_unless_forced():
+    hidden, _, target = arguments()
+    args = hidden, torch.randn(H, H, requires_grad=True), target % H
+    (refusal,) = applied(SPELLINGS["matmul"], *args).refusals
+    assert refusal.cost
+    assert refusal.reasons == ("8 classes for hidden states of 8: the logits are no larger than what they come from",)
+    assert len(applied(SPELLINGS["matmul"], *args, force=True).rewrites) == 1
+
+
+def test_logits_that_the_graph_reads_are_not_fused_away():
+    def accuracy(h, w, t):
+        logits = F.linear(h, w)
+        return loss_of(logits, t), (logits.argmax(-1) == t).float().mean()
+
+    (refusal,) = applied(accuracy).refusals
+    assert "is also used by argmax (test_rule_linear_cross_entropy.py" in refusal.reasons[0]
+
+
+def test_logits_that_are_an_output_need_deferring():
+    def model(h, w, t):
+        logits = F.linear(h, w)
+        return loss_of(logits, t), logits
+
+    (refusal,) = applied(model, may_defer=False).refusals
+    assert 'a graph output; options={"logits": "deferred"}' in refusal.reasons[0]
+    assert applied(model).deferrable == ["linear"]
+
+
+OUTPUTS = {
+    "logits": lambda z: z,
+    "cast again": lambda z: z.float(),
+    "last rows": lambda z: z[:, -2:],
+    "flat": lambda z: z.view(-1, z.shape[-1]),
+    "twice": lambda z: (z, z),
+    "capped and raw": lambda z: (z, 3.0 * torch.tanh(z / 3.0)),
+    "one row": lambda z: z[:, -1] * 2.0,
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("name", OUTPUTS)
+def test_outputs_are_deferred_and_read_as_eager_gives_them(name, transposed, dtype):
+    def model(h, w, b, t):
+        logits = h @ w + b if transposed else F.linear(h, w * 2.0, b)
+        return loss_of(logits.float(), t), OUTPUTS[name](logits)
+
+    hidden, weight, target = arguments(dtype)
+    weight = weight.detach().t().contiguous().requires_grad_() if transposed else weight
+    args = [hidden, weight, torch.randn(V, dtype=dtype, requires_grad=True)]
+    found = []
+    for fn in (model, torch.compile(model, backend=aot_eager_pipeline)):
+        leaves = [arg.detach().clone().requires_grad_() for arg in args]
+        loss, given = fn(*leaves, target)
+        given = given if isinstance(given, tuple) else (given,)
+        if fn is not model:
+            assert all(isinstance(one, DeferredTensor) for one in given)
+            assert name != "twice" or given[0] is given[1]
+        total = loss + sum((one.float() * torch.linspace(-1, 1, one.shape[-1])).sum() for one in given)
+        total.backward()
+        found.append([*given, *(leaf.grad for leaf in leaves)])
+    floor = 4 * torch.finfo(dtype).eps
+    for eager, ours in zip(*found, strict=True):
+        assert eager.shape == ours.shape
+        assert eager.dtype == ours.dtype
+        assert ((eager - ours).float().norm() / eager.float().norm()).item() <= floor
+
+
+def aot_eager_pipeline(gm, inputs):
+    from torch._dynamo.backends.debugging import aot_eager
+
+    from fxopt.backend import run
+
+    return run(gm, inputs, fxopt.Options(), aot_eager)[1]
+
+
+def test_a_loss_in_a_checkpoint_keeps_its_logits_inside():
+    from torch.utils.checkpoint import checkpoint
+
+    def body(h, w, t):
+        logits = F.linear(h, w)
+        return loss_of(logits, t), logits
+
+    inside = applied(lambda h, w, t: checkpoint(lambda *a: body(*a)[0], h, w, t, use_reentrant=False))
+    assert len(inside.rewrites) == 1
+    assert not inside.deferrable
+    escaping = applied(lambda h, w, t: checkpoint(body, h, w, t, use_reentrant=False))
+    assert "is also a graph output" in escaping.refusals[0].reasons[0]
+
+
+def test_mutated_logits_are_refused():
+    def model(h, w, t):
+        logits = F.linear(h, w)
+        logits[..., 0] = -1e4
+        return loss_of(logits, t)
+
+    outcome = applied(model)
+    assert not outcome.rewrites
+    assert any("in place" in reason or "used by" in reason for reason in outcome.refusals[0].reasons)
