@@ -17,7 +17,7 @@ from torch import fx
 
 from fxopt import compat
 from fxopt.compat import pytree
-from fxopt.fake import propagate, value_of
+from fxopt.fake import TRANSFORMED, propagate, value_of
 from fxopt.simplify import simplify
 
 _ATTRIBUTES = ("get_attr", "call_module")
@@ -74,6 +74,7 @@ class _Lowering:
     def __init__(self, gm: fx.GraphModule, result: Capture, memo: dict[Any, fx.GraphModule]):
         self.gm, self.result, self.memo = gm, result, memo
         self.graph = fx.Graph()
+        self.depth = 0
         self.env: dict[fx.Node, Any] = {}
         self.attributes: dict[str, Any] = {}
 
@@ -98,6 +99,10 @@ class _Lowering:
             return self.graph.output(self.mapped(node.args[0]))
         if node.op == "get_attr":
             self.lower_body(node)
+        if self.inside_transform(node):
+            new = self.copy(node)
+            new.meta["kept"] = TRANSFORMED
+            return new
         if _stays(node):
             return self.copy(node)
         inputs = node.all_input_nodes
@@ -109,6 +114,17 @@ class _Lowering:
         except Exception as error:  # any node that cannot be traced is still right as it is
             return self.keep(node, f"{type(error).__name__}: {str(error)[:120]}")
         return self.splice(traced, node, inputs)
+
+    def inside_transform(self, node: fx.Node) -> bool:
+        """Whether `node` opens, lies in or closes a functorch transform (vmap, jvp), of which a graph holds the steps.
+
+        Its values are batched tensors, which exist only while the transform runs: such nodes are copied and never run.
+        """
+        name = getattr(node.target, "__name__", "")
+        self.depth += name.endswith("increment_nesting")
+        inside = self.depth > 0 and node.op != "placeholder"
+        self.depth -= name.endswith("decrement_nesting")
+        return inside
 
     def keep(self, node: fx.Node, reason: str) -> fx.Node:
         self.result.kept.append(f"{node.name} ({node.target}): {reason}")

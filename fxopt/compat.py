@@ -73,6 +73,11 @@ def ignoring_fresh_symbols(mode: FakeTensorMode | None) -> Iterator[None]:
         yield
 
 
+def is_batched(value: torch.Tensor) -> bool:
+    """Whether `value` is vmap's view of a tensor, which has no storage to ask for."""
+    return torch._C._functorch.is_batchedtensor(value)
+
+
 def trace_atens(fn: Callable[..., Any], values: Sequence[Any]) -> fx.GraphModule:
     """Trace `fn` on fake or symbolic `values` to ATen above autograd, so that composite operators stay whole."""
     mode = fake_mode_of(values)
@@ -126,7 +131,7 @@ disabled_torch_function: Any = torch._C._disabled_torch_function_impl
 
 
 def forbid_data_pointer(tensor: torch.Tensor) -> None:
-    """Make C++ code that asks `tensor`, which has no memory, for its data pointer raise instead of dereferencing null."""
+    """Make C++ code that asks `tensor`, which has no memory, for a data pointer raise: it would get a null one."""
     torch._C._set_throw_on_mutable_data_ptr(tensor)
 
 

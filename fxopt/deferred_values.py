@@ -190,9 +190,9 @@ class Recipe:
         for stamp in self.stamps:
             if stamp.is_broken():
                 raise RuntimeError(
-                    f"{self.projection.name} is computed when it is first read, but the {stamp.role} it is computed "
-                    "from changed in place since the forward: optimizer.step() does that, for one. Read it before "
-                    f"optimizer.step(), or compile with {EAGER} to have it computed in the forward."
+                    f"{self.projection.name} is computed when it is first read, but its {stamp.role} had been updated "
+                    "in place since the forward (optimizer.step() does that). Read it before optimizer.step(), or "
+                    f"compile with {EAGER} to have it computed in the forward."
                 )
 
 
@@ -225,7 +225,7 @@ class _Stamp:
 
     version: autograd's count of changes in place; None for inference tensors, which have none.
     pointer: its memory, which is gone after a storage was resized (as FSDP does).
-    sample:  some values, since the count misses what is written through `.data`, as some optimizers do.
+    sample:  some values, since the count misses what fused optimizers write, and what is written through `.data`.
     """
 
     role: str

@@ -12,6 +12,10 @@ from torch import fx
 from fxopt import compat
 
 
+TRANSFORMED = "inside a functorch transform"
+"""What ``meta["kept"]`` says of nodes that may not be run alone: doing so would leave a vmap level open."""
+
+
 def arguments(node: fx.Node) -> tuple[Any, ...]:
     """`node.args`; fx types them as a union too wide to index."""
     return node.args
@@ -68,6 +72,8 @@ class _Propagator(fx.Interpreter):
 
     def is_opaque(self, node: fx.Node) -> bool:
         """Nodes whose recorded value is used: running them would enter a body, or invent fresh symbols."""
+        if node.meta.get("kept") == TRANSFORMED:
+            return True
         if node.op == "get_attr":
             return isinstance(value_of(node), torch.Tensor)
         recorded = value_of(node)

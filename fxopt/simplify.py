@@ -84,7 +84,7 @@ def mutated_arguments(node: fx.Node) -> list[fx.Node]:
 
 def storage_of(value: Any) -> Any:
     """An identity for the memory behind a fake tensor, equal for views of one another; None for what has none."""
-    if not isinstance(value, torch.Tensor) or value.layout is not torch.strided:
+    if not isinstance(value, torch.Tensor) or value.layout is not torch.strided or compat.is_batched(value):
         return None
     return value.untyped_storage()._cdata
 

@@ -194,9 +194,14 @@ def _of_nll(node: fx.Node) -> dict[str, Any]:
     }
 
 
-def _of_logsumexp(node: fx.Node) -> dict[str, Any]:
-    """``logsumexp(x, -1) - gather(x, -1, t)`` or its negation, squeezed before or after: a value for each row."""
+def _of_logsumexp(node: fx.Node) -> dict[str, Any] | None:
+    """``logsumexp(x, -1) - gather(x, -1, t)`` or its negation, squeezed before or after: a value for each row.
+
+    None where nothing is gathered from x: attention and routers have logsumexps too.
+    """
     logits, axes = arguments(node)[:2]
+    if not any(user.target is aten.gather.default for user in logits.users):
+        return None
     if [dim % value_of(logits).dim() for dim in axes] != [value_of(logits).dim() - 1]:
         raise NoSite(f"{node.name} sums over axes {axes}, not over the last", 1)
     chain = _through_squeezes(node)

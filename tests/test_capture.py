@@ -191,6 +191,21 @@ def test_values_carry_grad_mode_and_autocast():
     assert torch.is_grad_enabled()
 
 
+def test_functorch_transforms_are_left_whole():
+    """A batched value run alone would leave a vmap level open, and Dynamo's guards would fail ever after."""
+
+    def fn(x, w):
+        return torch.func.vmap(lambda row: (row * w).sum())(x) + F.dropout(x, 0.0, True).contiguous()[:, 0]
+
+    x, w = torch.randn(6, 8, requires_grad=True), torch.randn(8, requires_grad=True)
+    before, after = replayed(fn, x, w)
+    assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
+    found = captured(fn, x, w)
+    assert not found.kept
+    assert "aten.dropout.default" not in targets(found.module)
+    assert torch.func.vmap(torch.sum)(x).shape == (6,)
+
+
 def test_dynamic_sizes_stay_symbolic():
     module = captured(norm_and_mask, torch.randn(6, 8), torch.randn(8), dynamic=True).module
     output = next(iter(reversed(module.graph.nodes)))
