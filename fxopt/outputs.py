@@ -7,6 +7,7 @@ tensor that computes them when somebody looks.
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -142,5 +143,7 @@ def _tail(steps: Sequence[fx.Node]) -> fx.GraphModule | None:
 
 
 def _name(node: fx.Node) -> str:
+    """What the user's code calls the value, where it says so: ``logits (modeling_llama.py:468)``."""
     place = Place.of(node)
-    return f"{node.name} from {place}" if place.source else node.name
+    assigned = re.match(r"(\w+)\s*=[^=]", place.code)
+    return f"{assigned.group(1) if assigned else node.name} ({place.name})" if place.source else node.name

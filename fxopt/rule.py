@@ -97,9 +97,13 @@ class Place:
         path, line, code = frames[-1] if frames else ("", "", "")
         return cls(f"{path}:{line}" if path else "", code.strip(), _module_path(node))
 
+    @property
+    def name(self) -> str:
+        """File and line, without the directory."""
+        return self.source.rsplit("/", 1)[-1]
+
     def __str__(self) -> str:
-        name = self.source.rsplit("/", 1)[-1]
-        return " ".join(part for part in (name, f"({self.module})" if self.module else "") if part) or "unknown source"
+        return " ".join(part for part in (self.name, f"({self.module})" if self.module else "") if part) or "unknown source"
 
 
 def _module_path(node: fx.Node) -> str:

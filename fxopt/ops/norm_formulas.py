@@ -18,6 +18,7 @@ for any eps, for d * rstd is not assumed to have unit variance.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -184,4 +185,5 @@ def _silu(gate: Tensor) -> tuple[Tensor, Tensor]:
 
 def _over_rows(values: Tensor) -> Tensor:
     """[..., H] -> [H]. A single row is copied by `sum` too, so that the result is never a view."""
-    return values.reshape(-1, values.shape[-1]).sum(0)
+    *rows, width = values.shape
+    return values.reshape(math.prod(rows), width).sum(0)

@@ -118,10 +118,8 @@ def _gradients(
         found = gradients(
             upstream, by_stream, s, weight, bias, gate, rstd, mean if spec.kind == "layer" else None, spec, wanted
         )  # fmt: skip
-    likes = (s, weight, bias, gate)
-    return tuple(
-        s.new_empty(0) if one is None else _laid_out(one, like) for one, like in zip(found, likes, strict=True)
-    )
+    pairs = zip(found, (s, weight, bias, gate), strict=True)
+    return tuple(s.new_empty(0) if one is None or like is None else _laid_out(one, like) for one, like in pairs)
 
 
 @_gradients.register_fake
@@ -153,7 +151,7 @@ def _laid_out(value: Tensor, like: Tensor) -> Tensor:
 
 @register_flop_formula(torch.ops.fxopt.norm)
 def _forward_flops(x: Any, residual: Any, weight: Any, bias: Any, gate: Any, kind: str, *_: Any, **__: Any) -> int:
-    """Additions and multiplications of elements: square, sum, scale; less the mean; weight, bias, residual; silu is 4."""
+    """Operations on elements: square, sum, scale; sum and subtract for the mean; weight, bias, residual; gate is 5."""
     parts = sum(one is not None for one in (residual, weight, bias)) + 5 * (gate is not None)
     return math.prod(x) * (3 + 2 * (kind == "layer") + parts)
 

@@ -146,7 +146,7 @@ def step(
         device = scalar.device.type
         ambient = [torch.get_autocast_dtype(device)] if torch.is_autocast_enabled(device) else []
     kept = {name: getattr(output, name).detach() for name in outputs}
-    scalar.backward()  # type: ignore[no-untyped-call]
+    scalar.backward()
     gradients = {name: None if p.grad is None else p.grad.clone() for name, p in _parameters(module)}
     dtypes = {scalar.dtype, *(p.dtype for p in module.parameters()), *ambient}
     return Step(scalar.detach(), kept, gradients, max(torch.finfo(d).eps for d in dtypes if d.is_floating_point))
@@ -165,12 +165,13 @@ def compare(compiled: Step, eager: Step, exact: Step) -> Comparison:
     typical = _typical(exact.gradients)
     errors, differences = [], []
     for name, reference in right.items():
-        difference = _difference(name, ours.get(name), theirs.get(name))
+        mine, other = ours.get(name), theirs.get(name)
+        difference = _difference(name, mine, other)
         if difference:
             differences.append(difference)
-        elif reference is not None:
+        elif mine is not None and other is not None and reference is not None:
             entry = typical if name.startswith("grad ") else 0.0
-            errors.append(_error(name, ours[name], theirs[name], reference, eager.eps, entry))
+            errors.append(_error(name, mine, other, reference, eager.eps, entry))
     return Comparison(tuple(sorted(errors, key=lambda e: -e.excess)), tuple(differences))
 
 
