@@ -11,7 +11,6 @@ from torch import fx
 
 from fxopt import compat
 
-
 TRANSFORMED = "inside a functorch transform"
 """What ``meta["kept"]`` says of nodes that may not be run alone: doing so would leave a vmap level open."""
 

@@ -8,34 +8,19 @@ in the user's code, and must agree node for node.
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import Tensor, fx
 
-from fxopt.capture import trace
-from fxopt.draw import SeededDraw
 from fxopt.fake import value_of
 from fxopt.rule import Pattern, Place, Refusal, Site
 from fxopt.spelling import COMMUTES, Expr, read, skip_casts
-
-_SENTINEL = 0.731058578
-"""Scalar holes are traced as numbers from here up, 0.001 apart, that nobody writes in a model."""
+from fxopt.spellings import Traced, skeletons_for, traced_together
 
 _NEAR = 4
 """A refusal worth telling agreed in this many nodes at least, and in half of the spelling."""
-
-
-@dataclasses.dataclass
-class Traced:
-    """A spelling traced on particular inputs. `holes` names its placeholders, `scalars` its sentinel constants."""
-
-    root: fx.Node
-    holes: dict[fx.Node, str]
-    scalars: dict[float, str]
-    size: int
 
 
 @dataclasses.dataclass
@@ -60,13 +45,16 @@ class Mismatch(Exception):
 
 def find_pattern(rule: Pattern, gm: fx.GraphModule) -> Iterator[Site | Refusal]:
     """The largest matches of `rule` that do not overlap, in graph order, and the near misses outside them."""
-    skeletons = [(spelling, _skeleton(rule, spelling)) for spelling in rule.spellings]
+    skeletons = skeletons_for(rule, gm)
     order = {node: index for index, node in enumerate(gm.graph.nodes)}
     memo: dict[Any, Traced] = {}
+    roots = {node: _operator(skip_casts(node)) for node in gm.graph.nodes}
     sites: list[Site] = []
     misses: dict[fx.Node, Mismatch] = {}
     for node in gm.graph.nodes:
         for spelling, skeleton in skeletons:
+            if roots[node] is None or roots[node] != _operator(skip_casts(skeleton.root)):
+                continue
             try:
                 site = _match(rule, spelling, skeleton, node, order, memo)
             except Mismatch as miss:
@@ -75,7 +63,7 @@ def find_pattern(rule: Pattern, gm: fx.GraphModule) -> Iterator[Site | Refusal]:
                 ):
                     misses[node] = miss
             else:
-                sites += [site] if site else []
+                sites.append(site)
     kept = _largest_disjoint(sites, order)
     inside = {node for site in kept for node in site.nodes}
     refusals = [(node, miss) for node, miss in misses.items() if node not in inside]
@@ -104,10 +92,8 @@ def _match(
     node: fx.Node,
     order: dict[fx.Node, int],
     memo: dict[Any, Traced],
-) -> Site | None:
-    """The site of `spelling` that ends in `node`; None if the two have nothing in common. Raises `Mismatch`."""
-    if not _same_op(read(skip_casts(skeleton.root)), read(skip_casts(node))):
-        return None
+) -> Site:
+    """The site of `spelling` that ends in `node`. Raises `Mismatch`."""
     loose = Binding()
     _compare(skeleton.root, node, skeleton, loose, exact=False)
     failure: Mismatch | None = None
@@ -215,6 +201,12 @@ def _bind(name: str, node: Any, binding: Binding, exact: bool) -> None:
     bound.append(node)
 
 
+def _operator(node: Any) -> Any:
+    """What `node` reads as, arguments aside; None for what is no call."""
+    expression = read(node)
+    return None if expression is None else expression.op
+
+
 def _same_op(one: Expr | None, other: Expr | None) -> bool:
     return one is not None and other is not None and one.op == other.op
 
@@ -231,35 +223,14 @@ def _described(node: Any) -> str:
     return f"{node.name}{'' if node.op == 'placeholder' else f' ({node.target})'}{shape}"
 
 
-# --- tracing spellings --------------------------------------------------------------------------------------------
-
-
-def _skeleton(rule: Pattern, spelling: Callable[..., Any]) -> Traced:
-    """`spelling` traced on inputs the rule draws: its structure, whatever dtype and rank a site has."""
-    return _trace(spelling, rule.inputs(SeededDraw(0)))
-
-
 def _retraced(spelling: Callable[..., Any], choice: dict[str, Any], memo: dict[Any, Traced]) -> Traced:
+    """`spelling` traced on exactly the values that a loose match bound. Raises `Mismatch` where it cannot run."""
     values = {name: value_of(item) for name, item in choice.items()}
-    signature = tuple(
-        (name, str(value.shape), value.dtype) for name, value in values.items() if isinstance(value, Tensor)
-    )
-    key = (spelling, signature)
+    tensors = [(name, value) for name, value in values.items() if isinstance(value, Tensor)]
+    key = (spelling, *((name, str(value.shape), value.dtype) for name, value in tensors))
     if key not in memo:
         try:
-            memo[key] = _trace(spelling, values)
+            (memo[key],) = traced_together([spelling], values)
         except Exception as error:
             raise Mismatch(f"{spelling.__name__} cannot run on these values: {error}", 0) from error
     return memo[key]
-
-
-def _trace(spelling: Callable[..., Any], values: dict[str, Any]) -> Traced:
-    names = list(inspect.signature(spelling).parameters)
-    tensors = [name for name in names if isinstance(values.get(name), Tensor)]
-    scalars = {_SENTINEL + 0.001 * index: name for index, name in enumerate(names) if name not in tensors}
-    gm = trace(spelling, {name: values[name] for name in tensors} | {name: value for value, name in scalars.items()})
-    root = next(iter(reversed(gm.graph.nodes))).args[0]
-    if not isinstance(root, fx.Node):
-        raise TypeError(f"spelling {spelling.__name__} must return one tensor")
-    holes = dict(zip((node for node in gm.graph.nodes if node.op == "placeholder"), tensors, strict=True))
-    return Traced(root, holes, scalars, sum(node.op == "call_function" for node in gm.graph.nodes))

@@ -103,7 +103,10 @@ class Place:
         return self.source.rsplit("/", 1)[-1]
 
     def __str__(self) -> str:
-        return " ".join(part for part in (self.name, f"({self.module})" if self.module else "") if part) or "unknown source"
+        return (
+            " ".join(part for part in (self.name, f"({self.module})" if self.module else "") if part)
+            or "unknown source"
+        )
 
 
 def _module_path(node: fx.Node) -> str:

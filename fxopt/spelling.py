@@ -85,7 +85,8 @@ def _arguments(node: fx.Node) -> tuple[Any, ...]:
     rank = source.dim() if isinstance(source, torch.Tensor) else 0
     bound = bound_arguments(node)
     values = [_from_front(value, rank) if name in ("dim", "dims") and rank else value for name, value in bound.items()]
-    while values and not isinstance(values[-1], fx.Node) and values[-1] == schema.arguments[len(values) - 1].default_value:
+    defaults = [argument.default_value for argument in schema.arguments]
+    while values and not isinstance(values[-1], fx.Node) and values[-1] == defaults[len(values) - 1]:
         values.pop()
     return tuple(values)
 
