@@ -1,0 +1,113 @@
+"""The benchmark's and the demo's own parts: a wrong measurement must not look like a result."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import measure
+import memory
+import pytest
+import readme
+import step
+
+ROOT = Path(__file__).resolve().parent.parent
+MIB = 2**20
+
+
+def run(*arguments: str | Path) -> str:
+    """Run a script as a user does and return what it prints; fail where it does."""
+    done = subprocess.run([sys.executable, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_peak_counts_what_was_freed_again_and_forgets_earlier_peaks() -> None:
+    def transient() -> None:
+        assert len(b"x" * (200 * MIB)) == 200 * MIB
+
+    assert 199 <= memory.peak_over_rest(transient) < 212
+    assert memory.peak_over_rest(lambda: b"x" * MIB) < 12
+
+
+def test_ratio_is_taken_turn_by_turn() -> None:
+    # the machine was three times slower in the middle turn: it cancels
+    assert measure.median_ratio([5.0, 15.0, 5.0], [10.0, 30.0, 10.0]) == 0.5
+    assert measure.alternate(["a", "b"], 0) == ["a", "b"]
+    assert measure.alternate(["a", "b"], 1) == ["b", "a"]
+
+
+def test_worker_answers_and_says_why_it_died() -> None:
+    with measure.Worker("deep-1", "eager") as worker:
+        assert worker.ask("check")["loss"] == pytest.approx(math.log(4096), rel=0.05)  # random weights: all alike
+        assert len(worker.ask("steps", 2)) == 2
+        assert worker.ask("memory") > 4096 * 128 * 4 / MIB  # at least the logits
+        with pytest.raises(measure.WorkerError, match="no attribute 'nonsense'"):
+            worker.ask("nonsense")
+
+
+def result(step_ratio: float, loss: float, rewrites: tuple[str, ...] = ("loss",)) -> dict[str, object]:
+    """Return what step.py measures, as small as it goes."""
+    return {
+        "report": {"rewrites": list(rewrites)},
+        "ratios": {"fxopt": {"step": step_ratio, "memory": 0.3, "compile": 0.9}},
+        "checks": {"fxopt": {"loss": loss, "grad_norm": 1.0}, "inductor": {"loss": 10.0, "grad_norm": 1.0}},
+    }
+
+
+@pytest.mark.parametrize(
+    ("measured", "expected"),
+    [
+        (result(0.99, 10.0), []),
+        (result(1.01, 10.0), ["llama-4L: step is 1.01x Inductor's, target 1.00x"]),
+        (result(0.99, 10.1), ["llama-4L: loss is 10.1, Inductor's 10.0"]),
+        (result(0.99, 10.0, ()), ["llama-4L: fxopt rewrote nothing, so these numbers are Inductor's"]),
+        (result(0.99, float("nan")), ["llama-4L: loss is nan, Inductor's 10.0"]),
+    ],
+)
+def test_missed_targets_and_other_results_are_problems(measured: dict[str, object], expected: list[str]) -> None:
+    assert step.problems("llama-4L", measured) == expected
+
+
+def test_readme_text_is_replaced_between_the_markers_only() -> None:
+    old = f"a\n{readme.BEGIN}\nold\n{readme.END}\nb\n"
+    assert readme.replaced(old, "new") == f"a\n{readme.BEGIN}\nnew\n{readme.END}\nb\n"
+    with pytest.raises(ValueError, match="once each"):
+        readme.replaced(old + old, "new")
+
+
+def test_readme_says_what_was_measured() -> None:
+    run("bench/readme.py", "--check")
+
+
+def test_readme_names_every_option() -> None:
+    import dataclasses
+
+    import fxopt
+
+    text = (ROOT / "README.md").read_text()
+    missing = [field.name for field in dataclasses.fields(fxopt.Options) if f"| `{field.name}` |" not in text]
+    assert missing == []
+
+
+@pytest.mark.parametrize("module", [step, readme])
+def test_scripts_explain_themselves(module: ModuleType) -> None:
+    assert "usage:" in run(str(module.__file__), "--help")
+
+
+@pytest.mark.slow
+def test_demo_trains_alike_under_every_backend_and_draws_it(tmp_path: Path) -> None:
+    backends = ["eager", "inductor", "fxopt"]
+    printed = run("examples/compare.py", "--steps", "7", "--layers", "1", "--out", tmp_path)
+    rows = {row["backend"]: row for row in json.loads((tmp_path / "demo.json").read_text())}
+    assert list(rows) == backends
+    assert all(name in printed for name in backends)
+    for name in backends:
+        # seven steps of AdamW, whose first ones divide by |g|: eager and Inductor themselves are 1e-6 apart
+        assert rows[name]["losses"] == pytest.approx(rows["eager"]["losses"], rel=1e-4)
+    assert rows["eager"]["losses"][-1] < rows["eager"]["losses"][0] - 0.3
+    assert "linear_cross_entropy" in rows["fxopt"]["verdict"]
+    assert rows["fxopt"]["peak_mib"] < rows["inductor"]["peak_mib"]
+    assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
