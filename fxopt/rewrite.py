@@ -15,24 +15,11 @@ from torch import fx
 
 from fxopt import compat, verify
 from fxopt.fake import ambient_state, arguments, propagate, value_of
+from fxopt.match import find_pattern
 from fxopt.rule import Cost, NoSite, Pattern, Place, Refusal, Region, Rewrite, Rule, Site
 from fxopt.simplify import is_random, mutated_arguments, storage_of
 
-__all__ = [
-    "Cost",
-    "NoSite",
-    "Outcome",
-    "Pattern",
-    "Place",
-    "Refusal",
-    "Region",
-    "Rewrite",
-    "Rule",
-    "Site",
-    "apply_rule",
-    "copy_module",
-    "submodules",
-]
+__all__ = ["Outcome", "apply_rule", "candidates", "copy_module", "submodules"]
 
 _BODIES = (compat.tag_activation_checkpoint,)
 """Higher-order operators whose bodies are ordinary training code; AOTAutograd retraces them."""
@@ -103,7 +90,7 @@ def _apply_in(rule: Rule, gm: fx.GraphModule, outcome: Outcome, force: bool, may
     order = {node: index for index, node in enumerate(gm.graph.nodes)}
     gone: set[fx.Node] = set()
     moved: dict[fx.Node, fx.Node] = {}
-    for found in list(rule.find(gm)):
+    for found in list(candidates(rule, gm)):
         if isinstance(found, Refusal):
             outcome.refusals.append(found)
             continue
@@ -124,6 +111,29 @@ def _apply_in(rule: Rule, gm: fx.GraphModule, outcome: Outcome, force: bool, may
         gone.update(found.nodes)
         outcome.deferrable += [node.name for node in found.deferrable]
         outcome.rewrites.append(Rewrite(rule.name, found.anchor.name, place, len(found.nodes), found.detail, made))
+
+
+def candidates(rule: Rule, gm: fx.GraphModule) -> Iterator[Site | Refusal]:
+    """Every site of `rule` in `gm`, and every anchor or near miss that is none, in graph order.
+
+    Raises TypeError for a rule that is neither a `Pattern` nor a `Region`.
+    """
+    if isinstance(rule, Pattern):
+        return find_pattern(rule, gm)
+    if isinstance(rule, Region):
+        return _grown(rule, gm)
+    raise TypeError(f"rule {rule.name!r} is neither a Pattern nor a Region")
+
+
+def _grown(rule: Region, gm: fx.GraphModule) -> Iterator[Site | Refusal]:
+    for node in list(gm.graph.nodes):
+        if node.op == "call_function" and node.target in rule.anchors:
+            try:
+                site = rule.grow(node)
+                if site is not None:
+                    yield site
+            except NoSite as no:
+                yield Refusal(rule.name, node.name, Place.of(node), (str(no),), no.agreed)
 
 
 def illegal(site: Site, order: dict[fx.Node, int], may_defer: bool) -> Iterator[str]:

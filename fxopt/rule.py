@@ -178,10 +178,6 @@ class Rule:
     objections: Callable[[Site], Iterable[str]] = no_objections
     version: int = 1
 
-    def find(self, gm: fx.GraphModule) -> Iterator[Site | Refusal]:
-        """Every candidate of this rule in `gm`, in graph order."""
-        raise TypeError(f"rule {self.name!r} is neither a Pattern nor a Region")
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Pattern(Rule):
@@ -197,12 +193,6 @@ class Pattern(Rule):
     given: Mapping[Callable[..., Any], Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     extend: Callable[[Site], Site] = dataclasses.field(default=lambda site: site)
 
-    def find(self, gm: fx.GraphModule) -> Iterator[Site | Refusal]:
-        """See `Rule.find`."""
-        from fxopt.match import find_pattern
-
-        return find_pattern(self, gm)
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Region(Rule):
@@ -214,14 +204,3 @@ class Region(Rule):
 
     anchors: frozenset[Any]
     grow: Callable[[fx.Node], Site | None]
-
-    def find(self, gm: fx.GraphModule) -> Iterator[Site | Refusal]:
-        """See `Rule.find`."""
-        for node in list(gm.graph.nodes):
-            if node.op == "call_function" and node.target in self.anchors:
-                try:
-                    site = self.grow(node)
-                    if site is not None:
-                        yield site
-                except NoSite as no:
-                    yield Refusal(self.name, node.name, Place.of(node), (str(no),), no.agreed)

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fxopt.ops.products import accumulate_dtype, piece_bytes, products_for, slices
+from fxopt.ops.products import accumulate_dtype, gradient_dtype, held_bytes, products_for, slices
 
 CHUNK_BYTES = 32 * 2**20
 """Most bytes of a chunk's logits in fp32: from 32 MiB on, glibc gives memory back to the system at every free."""
@@ -72,11 +72,6 @@ class LossAndGradients:
     bias: Tensor | None
 
 
-def gradient_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which gradients wait for the upstream gradient: fp32 for fp16, whose range a scaled loss exceeds."""
-    return torch.float32 if dtype == torch.float16 else dtype
-
-
 def chunk_rows(rows: int, vocabulary: int, dtype: torch.dtype) -> int:
     """Rows of a chunk: as many as fit `CHUNK_BYTES`, in chunks of equal size, in steps of 32 for the products."""
     most = max(CHUNK_BYTES // max(vocabulary * accumulate_dtype(dtype).itemsize, 1) // 32 * 32, LEAST_ROWS)
@@ -90,18 +85,12 @@ def block_rows(rows: int, vocabulary: int, dtype: torch.dtype) -> int:
 
 
 def workspace_bytes(rows: int, weight: Tensor, spec: LossSpec, wanted: Wanted) -> int:
-    """Bytes that `loss_and_gradients` holds at its peak, without inputs and results; no row ignored, weight [V, H].
-
-    The peak is in a chunk (logits, accumulator, a piece of a product; the result is not there yet) or at the end.
-    """
-    dtype, wide, vocabulary = weight.dtype, accumulate_dtype(weight.dtype), weight.shape[0]
-    step = chunk_rows(rows, vocabulary, dtype)
-    copies = (dtype != wide) + bool(spec.softcap and wanted)
-    chunk = vocabulary * (step * dtype.itemsize + block_rows(step, vocabulary, dtype) * wide.itemsize * copies)
-    if not wanted.weight:
-        return chunk
-    total, result = (weight.numel() * kind.itemsize for kind in (wide, gradient_dtype(dtype)))
-    return total + max(chunk + piece_bytes(weight) - result, 0)
+    """Bytes that `loss_and_gradients` holds at its peak, less inputs and results; no row ignored, weight [V, H]."""
+    vocabulary, wide = weight.shape[0], accumulate_dtype(weight.dtype)
+    step = chunk_rows(rows, vocabulary, weight.dtype)
+    copies = (weight.dtype != wide) + bool(spec.softcap and wanted)
+    block = vocabulary * block_rows(step, vocabulary, weight.dtype) * wide.itemsize * copies
+    return block + held_bytes(weight, step, wanted.weight)
 
 
 def loss_and_gradients(
@@ -199,7 +188,7 @@ class _Chunks:
         waiting, weight, bias = gradient_dtype(self.rows.hidden.dtype), None, self.bias
         self.wide = self.capped = self.wide.new_empty(0)
         if self.wanted.weight:
-            weight = self.products.weight_gradient(self.factor, waiting)
+            weight = self.products.weight_gradient(self.factor)
         if bias is not None:
             bias = (bias * self.factor).to(waiting)
         return LossAndGradients(self.losses, self.rows.count, self.hidden, weight, bias)

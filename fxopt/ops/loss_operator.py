@@ -28,11 +28,10 @@ from fxopt.ops.chunked_loss import (
     LossAndGradients,
     LossSpec,
     Wanted,
-    gradient_dtype,
     loss_and_gradients,
     workspace_bytes,
 )
-from fxopt.ops.products import accumulate_dtype
+from fxopt.ops.products import accumulate_dtype, gradient_dtype
 from fxopt.ops.registry import OpMemory
 
 __all__ = ["BACKWARD", "FORWARD", "MEMORY"]

@@ -22,21 +22,30 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def gradient_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which gradients wait for the upstream gradient: fp32 for fp16, whose range a scaled loss exceeds."""
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
 class AtenProducts:
     """By `aten.mm`, for every device and dtype. The logits are in one buffer that all chunks share.
 
     weight: [V, H] of any strides; bias: [V] or None, of weight's dtype; rows: the most rows of a chunk; accumulates:
-    whether the weight's gradient is wanted. The accumulator is fp32 (fp64 for fp64).
+    whether the weight's gradient is wanted. It is summed in fp32 (fp64 for fp64). Where it is rounded to bf16 in the
+    end, its memory holds the logits until then.
     """
 
-    PIECE_BYTES = 2 * 2**20
+    PIECE_BYTES = 2**20
     """Most bytes of d.T @ x that wait to be added to the accumulator: they stay in a core's cache."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, rows: int, accumulates: bool):
-        self.weight, self.bias, self.like = weight, bias, weight
-        self.buffer = weight.new_empty(rows, weight.shape[0])
-        wide = accumulate_dtype(weight.dtype)
+        self.weight, self.bias, vocabulary = weight, bias, weight.shape[0]
+        wide, dtype = accumulate_dtype(weight.dtype), gradient_dtype(weight.dtype)
         self.accumulator = torch.zeros_like(weight, dtype=wide) if accumulates else None
+        self.result = torch.empty_like(weight, dtype=dtype) if accumulates and dtype != wide else None
+        lent = self.result is not None and rows <= weight.shape[1]
+        memory = _flat(self.result) if lent and self.result is not None else weight.new_empty(rows * vocabulary)
+        self.buffer = memory[: rows * vocabulary].view(rows, vocabulary)
 
     @classmethod
     def piece(cls, weight: Tensor) -> int:
@@ -69,11 +78,23 @@ class AtenProducts:
             else:
                 total[piece].add_(torch.mm(part, x))
 
-    def weight_gradient(self, factor: float | Tensor, dtype: torch.dtype) -> Tensor:
-        """``factor * accumulator`` rounded once to `dtype`, [V, H] in weight's layout. Frees the logits; comes last."""
+    def weight_gradient(self, factor: float | Tensor) -> Tensor:
+        """``factor * accumulator`` in `gradient_dtype`, rounded once, [V, H] in weight's layout. Comes last, once."""
         assert self.accumulator is not None
-        self.buffer = self.buffer.new_empty(0)
-        return torch.mul(self.accumulator, factor, out=torch.empty_like(self.like, dtype=dtype))
+        if self.result is None:
+            return self.accumulator.mul_(factor)
+        return torch.mul(self.accumulator, factor, out=self.result)
+
+    @classmethod
+    def held_bytes(cls, weight: Tensor, rows: int, accumulates: bool) -> int:
+        """Bytes held at the peak by arguments as of the constructor, less those of the gradient that is returned."""
+        logits = rows * weight.shape[0] * weight.itemsize
+        if not accumulates or weight.dtype == accumulate_dtype(weight.dtype):
+            return logits
+        lent = weight.dtype == gradient_dtype(weight.dtype) and rows <= weight.shape[1]
+        summed = weight.numel() * torch.float32.itemsize if weight.dtype != torch.float16 else 0
+        columns = min(cls.piece(weight), weight.shape[0])  # of d, which `aten.mm` copies, and of what it makes of them
+        return summed + (0 if lent else logits) + columns * (weight.shape[1] + rows) * weight.itemsize
 
 
 class OneDnnProducts(AtenProducts):
@@ -105,6 +126,20 @@ class OneDnnProducts(AtenProducts):
         for piece in slices(x.shape[1], self.piece(self.weight)):
             total[piece].add_(onednn_linear(columns[piece], d.t()))
 
+    def weight_gradient(self, factor: float | Tensor) -> Tensor:
+        assert self.accumulator is not None
+        if self.like.t().is_contiguous():
+            return self.accumulator.mul_(factor)
+        return torch.mul(self.accumulator, factor, out=torch.empty_like(self.like))
+
+    @classmethod
+    def held_bytes(cls, weight: Tensor, rows: int, accumulates: bool) -> int:
+        logits = rows * weight.shape[0] * weight.itemsize
+        if not accumulates:
+            return logits
+        chunk = logits + min(cls.piece(weight) * weight.shape[0] * weight.itemsize, weight.nbytes)
+        return chunk if weight.t().is_contiguous() else max(chunk, weight.nbytes)
+
 
 def products_for(weight: Tensor, bias: Tensor | None, rows: int, accumulates: bool) -> AtenProducts:
     """oneDNN for fp32 on CPUs with AVX-512, `aten.mm` elsewhere; arguments as of `AtenProducts`.
@@ -114,11 +149,9 @@ def products_for(weight: Tensor, bias: Tensor | None, rows: int, accumulates: bo
     return _kind(weight)(weight, bias, rows, accumulates)
 
 
-def piece_bytes(weight: Tensor) -> int:
-    """Bytes of the product that waits to be added to the accumulator: about, for a weight [V, H]."""
-    kind = _kind(weight)
-    adds_by_itself = kind is AtenProducts and weight.dtype == accumulate_dtype(weight.dtype)
-    return 0 if adds_by_itself else min(kind.PIECE_BYTES, weight.nbytes)
+def held_bytes(weight: Tensor, rows: int, accumulates: bool) -> int:
+    """Bytes that `products_for` with these arguments holds at its peak, less those of the gradient it returns."""
+    return _kind(weight).held_bytes(weight, rows, accumulates)
 
 
 def _kind(weight: Tensor) -> type[AtenProducts]:
@@ -131,3 +164,8 @@ def slices(total: int, step: int) -> Iterator[slice]:
     """Cut `range(total)` into slices of `step` (1 or more), the last one shorter."""
     for start in range(0, total, max(step, 1)):
         yield slice(start, min(start + step, total))
+
+
+def _flat(matrix: Tensor) -> Tensor:
+    """The elements of a dense matrix as they lie in memory."""
+    return (matrix if matrix.is_contiguous() else matrix.t()).view(-1)

@@ -21,8 +21,18 @@ class Widen(TorchDispatchMode):
     """While active, every op that is asked for a floating dtype narrower than fp64 gives fp64.
 
     It works below autograd, so it sees the casts of Python, of autocast and of composite ops alike, in forward,
-    backward and what a checkpoint recomputes. It cannot be active while anything is compiled.
+    backward and what a checkpoint recomputes; the default dtype is fp64 too, for the numbers that models turn into
+    tensors (`finfo(x.dtype).min` overflows float32 where x is fp64). It cannot be active while anything is compiled.
     """
+
+    def __enter__(self) -> Widen:
+        self._default = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float64)
+        return super().__enter__()  # type: ignore[no-any-return]
+
+    def __exit__(self, *error: Any) -> None:
+        torch.set_default_dtype(self._default)
+        super().__exit__(*error)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
