@@ -103,7 +103,8 @@ def projection_of(node: fx.Node) -> Projection:
             added, (node, bias) = node, addition
             continue
         if node.op != "call_function" or node.target not in POINTWISE | MOVES:
-            what = "a graph input (a graph break parts them)" if node.op == "placeholder" else f"{node.name} ({node.target})"
+            broken = node.op == "placeholder"
+            what = "a graph input (a graph break parts them)" if broken else f"{node.name} ({node.target})"
             raise NoSite(f"the logits come from {what}, not from a linear layer", len(steps))
         if not isinstance(node.args[0], fx.Node) or not _reads_only(node, node.args[0]):
             raise NoSite(f"{node.name} ({node.target}) combines the logits with another value", len(steps))
