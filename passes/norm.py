@@ -20,6 +20,7 @@ from fxopt.ops.norm import NormSpec, norm
 from fxopt.ops.products import accumulate_dtype
 from fxopt.rewrite import illegal
 from fxopt.rule import Cost, Draw, Pattern, Site
+from fxopt.simplify import mutated_arguments, storage_of
 
 aten = torch.ops.aten
 
@@ -29,11 +30,11 @@ class Form:
     """What tells the spellings apart: with the dtypes of a site, a `NormSpec`.
 
     wide:       "float32" or "kernel" (at least float32) where x is computed with in that. A spelling without casts
-                rounds at every step; the op only where it does too after the last: the normalised value, the result.
+                rounds to x's dtype at every step, the op at the last of them: the normalised value.
     normalized: dtype to which the normalised value is cast before the weight: "x", or "weight" if that is narrow.
     weight:     "float32" where the weight is cast to that; "plus one" where one is added in its own dtype.
-    output:     "x" where the result is cast to x's dtype, "site" where that is the kernel's business (autocast).
-    gated:      "before" or "after": where silu(gate), in float32, is multiplied to x or to the result.
+    output:     "x" where the result is cast to x's dtype.
+    gate_first: whether x, not the result, is multiplied by silu(gate).
     row_eps:    whether eps bounds the length of the row, which is sqrt(width) times its root mean square.
     """
 
@@ -44,7 +45,7 @@ class Form:
     weight: str = ""
     offset: float = 0.0
     output: str = ""
-    gated: str = ""
+    gate_first: bool = False
     eps_at: str = "square"
     row_eps: bool = False
 
@@ -86,7 +87,7 @@ def replacement(
     if output is not None:
         spec = dataclasses.replace(spec, output=output)
     x = x.contiguous() if contiguous else x
-    if form.gated == "before" and gate is not None:
+    if form.gate_first and gate is not None:
         x, gate = x.to(torch.float32) * F.silu(gate.to(torch.float32)), None
     out, stream = norm(x, weight, bias, spec=spec, residual=residual, gate=gate)
     return out if stream is None else (out, stream)
@@ -99,15 +100,18 @@ def extend(site: Site) -> Site:
     """
     site = _with_output(site)
     total = site.inputs["x"]
-    if site.inputs["form"].gated == "before" or "contiguous" in site.inputs or not _is_residual_add(total):
+    if site.inputs["form"].gate_first or "contiguous" in site.inputs or not _is_residual_add(total):
         return site
     order = {node: index for index, node in enumerate(total.graph.nodes)}
     if min(total.users, key=order.__getitem__) not in site.nodes:
         return site  # the norm that reads the sum first takes it in: sites may not overlap
     wider = dataclasses.replace(
-        site, outputs=(*site.outputs, total), nodes=(total, *site.nodes), detail=f"{site.detail}, with the add before it",
+        site,
+        outputs=(*site.outputs, total),
+        nodes=(total, *site.nodes),
         inputs=site.inputs | {"x": total.args[0], "residual": total.args[1]},
-    )  # fmt: skip
+        detail=f"{site.detail}, with the add before it",
+    )
     return site if [*illegal(wider, order, may_defer=False), *_surprises(wider)] else wider
 
 
@@ -126,12 +130,15 @@ def objections(site: Site) -> Iterator[str]:
         yield f"the width of {_named(site, 'x')} is not known, and eps depends on it"
     else:
         yield from _surprises(site)
+    yield from _written_later(site)
     yield _cost(values["x"].device.type)
 
 
 def _cost(device: str) -> Cost:
     if device == "cpu":
-        return Cost("Inductor fuses this norm as well on a CPU (bench/norm.py: the op takes 2 to 4 times as long)")
+        return Cost(
+            "Inductor fuses this norm as well on a CPU (bench/norm.py: the op of fxopt takes 3 to 10 times as long)"
+        )
     return Cost(f"Inductor fuses this norm as well, and fxopt has no kernel of its own for {device} yet")
 
 
@@ -147,6 +154,18 @@ def _surprises(site: Site) -> Iterator[str]:
             yield f"{node.name} is {value.dtype}, and would be {expected}"
         if _strides(value) != strides:
             yield f"{node.name} has strides {list(value.stride())}, and would have {strides}"
+
+
+def _written_later(site: Site) -> Iterator[str]:
+    """In-place writes to what the op keeps for the backward; a spelling that casts x first keeps a copy."""
+    kept = [site.outputs[-1] if "residual" in site.inputs else site.inputs["x"]]
+    kept += [site.inputs[name] for name in ("weight", "bias", "gate") if name in site.inputs]
+    memory = {storage_of(value_of(node)) for node in kept} - {None}
+    node = site.anchor.next
+    while node.op != "output":
+        if any(storage_of(value_of(written)) in memory for written in mutated_arguments(node)):
+            yield f"{node.name} ({node.target}) writes in place to what the op would keep for the backward"
+        node = node.next
 
 
 def _with_output(site: Site) -> Site:
@@ -245,7 +264,7 @@ def rms_then_gate(x: Tensor, weight: Tensor, gate: Tensor, eps: float) -> Tensor
 
 
 def rms_wide_then_gate(x: Tensor, weight: Tensor, gate: Tensor, eps: float) -> Tensor:
-    """Kimi Linear."""
+    """Qwen3-Next's, with the weight in float32."""
     h = x.to(torch.float32)
     h = weight.to(torch.float32) * (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps))
     return (h * F.silu(gate.to(torch.float32))).to(x.dtype)
@@ -264,6 +283,11 @@ def gate_then_rms(x: Tensor, weight: Tensor, gate: Tensor, eps: float) -> Tensor
 def rms(x: Tensor, eps: float) -> Tensor:
     """ImageGPT, and most tutorials."""
     return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
+
+
+def rms_weight_first(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Time embeddings of Gradium Phonon."""
+    return weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
 
 
 def rms_of_sum(x: Tensor, eps: float) -> Tensor:
@@ -335,7 +359,7 @@ def layer_eps_outside(x: Tensor, eps: float) -> Tensor:
 
 
 def layer_norm_one_plus_weight(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """Nemotron, VideoPrism."""
+    """VideoPrism."""
     return F.layer_norm(x, x.shape[-1:], weight + 1.0, bias, eps)
 
 
@@ -382,6 +406,11 @@ def layer_norm_weight_bias_default(x: Tensor, weight: Tensor, bias: Tensor) -> T
     return F.layer_norm(x, x.shape[-1:], weight, bias)
 
 
+def layer_norm_one_plus_weight_default(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Nemotron."""
+    return F.layer_norm(x, x.shape[-1:], weight + 1.0, bias)
+
+
 def rms_norm_default(x: Tensor) -> Tensor:
     """`nn.RMSNorm(elementwise_affine=False)`: the default eps is that of fp32, for bf16 and fp16 too."""
     return F.rms_norm(x, x.shape[-1:])
@@ -424,6 +453,8 @@ def on_rows(spelling: Spelling) -> Spelling:
     @functools.wraps(spelling)
     def checked(**values: Any) -> Tensor:
         x = values["x"]
+        if x.dim() == 0:
+            raise ValueError("`x` is a scalar")
         for name, shape in (("weight", x.shape[-1:]), ("bias", x.shape[-1:]), ("gate", x.shape)):
             if name in values and str(tuple(values[name].shape)) != str(tuple(shape)):
                 raise ValueError(f"`{name}` is {list(values[name].shape)}, not {list(shape)}")
@@ -432,7 +463,8 @@ def on_rows(spelling: Spelling) -> Spelling:
     return checked
 
 
-_CORES = {
+_KERNELS = {kind: Form(kind, wide="kernel", output="x") for kind in ("rms", "layer")}
+_CORES: dict[Spelling, Form] = {
     rms: Form(),
     rms_of_sum: Form(),
     rms_of_length: Form(),
@@ -445,8 +477,7 @@ _CORES = {
     layer_by_correction: Form("layer"),
     layer_eps_outside: Form("layer", eps_at="root"),
 }
-_KERNEL = {"wide": "kernel", "output": "x"}
-_FORMS = {
+_FORMS: dict[Spelling, Form] = {
     rms_weight_after_cast: Form(wide="float32", normalized="x"),
     rms_weight_before_cast: Form(wide="float32", output="x"),
     rms_float_weight: Form(wide="float32", weight="float32", output="x"),
@@ -454,25 +485,34 @@ _FORMS = {
     rms_promoted: Form(wide="float32", normalized="weight"),
     rms_without_weight: Form(wide="float32", normalized="x"),
     rms_left_wide: Form(wide="float32"),
-    rms_then_gate: Form(wide="float32", normalized="x", gated="after", output="x"),
-    rms_wide_then_gate: Form(wide="float32", weight="float32", gated="after", output="x"),
-    gate_then_rms: Form(wide="float32", normalized="x", gated="before"),
+    times_weight(rms_left_wide): Form(wide="float32"),
+    rms_weight_first: Form(),
+    rms_then_gate: Form(wide="float32", normalized="x", output="x"),
+    rms_wide_then_gate: Form(wide="float32", weight="float32", output="x"),
+    gate_then_rms: Form(wide="float32", normalized="x", gate_first=True),
     layer_wide: Form("layer", wide="float32", weight="float32", output="x"),
     layer_affine_after_cast: Form("layer", wide="float32", normalized="x"),
-    layer_norm_one_plus_weight: Form("layer", **_KERNEL, weight="plus one"),
-    **{spelling: Form("layer", **_KERNEL) for spelling in (layer_norm, layer_norm_weight, layer_norm_weight_bias)},
-    **{
-        spelling: Form("rms", **_KERNEL)
-        for spelling in (rms_norm, rms_norm_weight, rms_norm_default, rms_norm_weight_default)
-    },
+    layer_norm_one_plus_weight: dataclasses.replace(_KERNELS["layer"], weight="plus one"),
+    layer_norm: _KERNELS["layer"],
+    layer_norm_weight: _KERNELS["layer"],
+    layer_norm_weight_bias: _KERNELS["layer"],
+    rms_norm: _KERNELS["rms"],
+    rms_norm_weight: _KERNELS["rms"],
+    rms_norm_default: _KERNELS["rms"],
+    rms_norm_weight_default: _KERNELS["rms"],
     **_CORES,
     **{times_weight(core): form for core, form in _CORES.items()},
     **{times_weight_plus_bias(core): form for core, form in _CORES.items() if form.kind == "layer"},
 }
-_DEFAULTS = (layer_norm_default, layer_norm_weight_default, layer_norm_weight_bias_default)
-GIVEN = {
+_DEFAULTS: dict[Spelling, Form] = {
+    layer_norm_default: _KERNELS["layer"],
+    layer_norm_weight_default: _KERNELS["layer"],
+    layer_norm_weight_bias_default: _KERNELS["layer"],
+    layer_norm_one_plus_weight_default: dataclasses.replace(_KERNELS["layer"], weight="plus one"),
+}
+GIVEN: dict[Spelling, dict[str, Any]] = {
     **{on_rows(spelling): {"form": form} for spelling, form in _FORMS.items()},
-    **{on_rows(spelling): {"form": Form("layer", **_KERNEL), "eps": 1e-5} for spelling in _DEFAULTS},
+    **{on_rows(spelling): {"form": form, "eps": 1e-5} for spelling, form in _DEFAULTS.items()},
 }
 """Every spelling, with what the replacement is told about it."""
 
@@ -485,7 +525,7 @@ def inputs(draw: Draw) -> dict[str, Any]:
     """
     dtype = draw.choice(torch.float32, torch.bfloat16, torch.float16)
     shape = draw.size(1, 2), draw.size(1, 4), draw.size(8, 24)
-    factor = draw.choice(dtype, torch.float32)
+    factor = draw.choice(torch.float32, dtype)
     return {
         "x": draw.tensor(*shape, dtype=dtype),
         "gate": draw.tensor(*shape, dtype=dtype),

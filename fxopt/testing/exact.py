@@ -28,7 +28,7 @@ class Widen(TorchDispatchMode):
     def __enter__(self) -> Widen:
         self._default = torch.get_default_dtype()
         torch.set_default_dtype(torch.float64)
-        return super().__enter__()  # type: ignore[no-any-return]
+        return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
         torch.set_default_dtype(self._default)
