@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from torch import Tensor, fx
@@ -36,11 +36,16 @@ class Binding:
 
 
 class Mismatch(Exception):
-    """The graph and a spelling differ: where, and how many nodes had agreed."""
+    """The graph and a spelling differ: where, and the nodes that had agreed."""
 
-    def __init__(self, reason: str, agreed: int):
+    def __init__(self, reason: str, nodes: Iterable[fx.Node] = ()):
         super().__init__(reason)
-        self.agreed = agreed
+        self.nodes = frozenset(nodes)
+
+    @property
+    def agreed(self) -> int:
+        """How far the match got."""
+        return len(self.nodes)
 
 
 def find_pattern(rule: Pattern, gm: fx.GraphModule) -> Iterator[Site | Refusal]:
@@ -66,7 +71,7 @@ def find_pattern(rule: Pattern, gm: fx.GraphModule) -> Iterator[Site | Refusal]:
                 sites.append(site)
     kept = _largest_disjoint(sites, order)
     inside = {node for site in kept for node in site.nodes}
-    refusals = [(node, miss) for node, miss in misses.items() if node not in inside]
+    refusals = [(node, miss) for node, miss in misses.items() if inside.isdisjoint({node, *miss.nodes})]
     found: list[tuple[int, Site | Refusal]] = [(order[site.anchor], rule.extend(site)) for site in kept]
     found += [
         (order[node], Refusal(rule.name, node.name, Place.of(node), (str(miss),), miss.agreed))
@@ -118,7 +123,7 @@ def _match(
             inputs | dict(rule.given.get(spelling, {})),
             detail=spelling.__name__.replace("_", " "),
         )
-    raise failure or Mismatch(f"{node.name} binds no tensor", len(loose.nodes))
+    raise failure or Mismatch(f"{node.name} binds no tensor", loose.nodes)
 
 
 def _candidates(loose: Binding, skeleton: Traced) -> Iterator[dict[str, Any]]:
@@ -151,7 +156,7 @@ def _compare(pattern: Any, node: Any, traced: Traced, binding: Binding, exact: b
         _compare_constant(pattern, node, traced, binding, exact)
         return
     if found is None or not _same_op(wanted, found):
-        raise Mismatch(f"expected {_name(wanted.op)}, found {_described(node)}", len(binding.nodes))
+        raise Mismatch(f"expected {_name(wanted.op)}, found {_described(node)}", binding.nodes)
     _compare_arguments(wanted, found, traced, binding, exact)
 
 
@@ -159,7 +164,7 @@ def _compare_arguments(wanted: Expr, found: Expr, traced: Traced, binding: Bindi
     binding.nodes.update(dict.fromkeys(found.covers))
     if len(wanted.args) != len(found.args) and exact:
         raise Mismatch(
-            f"{found.covers[0].name} has other arguments than {_name(wanted.op)} in the pattern", len(binding.nodes)
+            f"{found.covers[0].name} has other arguments than {_name(wanted.op)} in the pattern", binding.nodes
         )
     orders = [found.args, found.args[::-1]] if wanted.op in COMMUTES and len(found.args) == 2 else [found.args]
     furthest: Mismatch | None = None
@@ -180,13 +185,13 @@ def _compare_arguments(wanted: Expr, found: Expr, traced: Traced, binding: Bindi
 def _compare_constant(pattern: Any, node: Any, traced: Traced, binding: Binding, exact: bool) -> None:
     if isinstance(pattern, list | tuple):
         if not isinstance(node, list | tuple) or len(pattern) != len(node):
-            raise Mismatch(f"expected {pattern}, found {_described(node)}", len(binding.nodes))
+            raise Mismatch(f"expected {pattern}, found {_described(node)}", binding.nodes)
         for one, other in zip(pattern, node, strict=True):
             _compare(one, other, traced, binding, exact)
     elif exact and (isinstance(node, fx.Node) or pattern != node):
-        raise Mismatch(f"expected the constant {pattern}, found {_described(node)}", len(binding.nodes))
+        raise Mismatch(f"expected the constant {pattern}, found {_described(node)}", binding.nodes)
     elif isinstance(node, fx.Node) and isinstance(value_of(node), Tensor):
-        raise Mismatch(f"expected a constant, found {node.name}", len(binding.nodes))
+        raise Mismatch(f"expected a constant, found {node.name}", binding.nodes)
 
 
 def _bind(name: str, node: Any, binding: Binding, exact: bool) -> None:
@@ -197,7 +202,7 @@ def _bind(name: str, node: Any, binding: Binding, exact: bool) -> None:
         else (lambda one, other: skip_casts(one) is skip_casts(other) or one == other)
     )
     if bound and not same(bound[0], node):
-        raise Mismatch(f"`{name}` would be both {_described(bound[0])} and {_described(node)}", len(binding.nodes))
+        raise Mismatch(f"`{name}` would be both {_described(bound[0])} and {_described(node)}", binding.nodes)
     bound.append(node)
 
 
@@ -232,5 +237,5 @@ def _retraced(spelling: Callable[..., Any], choice: dict[str, Any], memo: dict[A
         try:
             (memo[key],) = traced_together([spelling], values)
         except Exception as error:
-            raise Mismatch(f"{spelling.__name__} cannot run on these values: {error}", 0) from error
+            raise Mismatch(f"{spelling.__name__} cannot run on these values: {error}") from error
     return memo[key]

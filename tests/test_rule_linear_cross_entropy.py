@@ -1,5 +1,7 @@
 """The loss rule: every spelling it takes, every reason it gives, and what becomes of the logits' other readers."""
 
+# ruff: noqa: E501  (a table of one-line models)
+
 import pytest
 import torch
 import torch.nn.functional as F

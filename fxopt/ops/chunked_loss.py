@@ -21,12 +21,13 @@ import torch
 from torch import Tensor
 
 from fxopt.ops.products import accumulate_dtype, gradient_dtype, held_bytes, products_for, slices
+from fxopt.ops.rows import Rows
 
 CHUNK_BYTES = 32 * 2**20
 """Most bytes of a chunk's logits in fp32: from 32 MiB on, glibc gives memory back to the system at every free."""
 LEAST_ROWS = 128
 """Least rows of a chunk, whatever their size: the weight's gradient is read and written once for every chunk."""
-BLOCK_BYTES = 4 * 2**20
+BLOCK_BYTES = 8 * 2**20
 """Most bytes of the logits that are turned into their gradient at a time: half a dozen passes, so they stay cached."""
 
 
@@ -90,7 +91,8 @@ def workspace_bytes(rows: int, weight: Tensor, spec: LossSpec, wanted: Wanted) -
     step = chunk_rows(rows, vocabulary, weight.dtype)
     copies = (weight.dtype != wide) + bool(spec.softcap and wanted)
     block = vocabulary * block_rows(step, vocabulary, weight.dtype) * wide.itemsize * copies
-    return block + held_bytes(weight, step, wanted.weight)
+    rows_of_hidden = step * weight.shape[1] * wide.itemsize * 2  # before and after the factor, or x and its transpose
+    return block + rows_of_hidden + held_bytes(weight, step, wanted.weight)
 
 
 def loss_and_gradients(
@@ -107,57 +109,18 @@ def loss_and_gradients(
     hidden [N, H], weight [V, H] and bias [V] or None of one floating dtype, target [N] int64, upstream [N] or None for
     ones. Raises IndexError for a target that is no class, on a CPU; elsewhere the device's own assertion fails.
     """
-    rows = _Rows(hidden, target, spec.ignore_index, weight.shape[0])
+    rows = Rows(hidden, target, spec.ignore_index, weight.shape[0])
     chunks = _Chunks(rows, weight, bias, spec, wanted, upstream)
     for chunk in slices(len(rows), chunks.step):
         chunks.add(chunk)
     return chunks.result()
 
 
-class _Rows:
-    """The rows that count: their hidden states and targets.
-
-    On a CPU ignored rows are dropped; elsewhere, where their number is not known without waiting for the device, they
-    are kept and marked in `ignored`.
-    """
-
-    def __init__(self, hidden: Tensor, target: Tensor, ignore_index: int, vocabulary: int):
-        self.hidden = hidden
-        self.positions: Tensor | None = None
-        self.ignored: Tensor | None = None
-        ignored = target == ignore_index
-        if hidden.device.type != "cpu":
-            self.ignored, self.target = ignored, target.masked_fill(ignored, 0)
-            self.count: int | Tensor = (~ignored).sum()
-            return
-        if ignored.any():
-            self.positions = (~ignored).nonzero().squeeze(1)
-            target = target[self.positions]
-        self.target, self.count = target, target.shape[0]
-        wrong = target[(target < 0) | (target >= vocabulary)]
-        if wrong.numel():
-            raise IndexError(f"Target {int(wrong[0])} is out of bounds.")
-
-    def __len__(self) -> int:
-        return self.target.shape[0]
-
-    def take(self, values: Tensor, chunk: slice) -> Tensor:
-        """The chunk's rows of `values` [N, ...], contiguous."""
-        return values[chunk].contiguous() if self.positions is None else values[self.positions[chunk]]
-
-    def put(self, values: Tensor, chunk: slice, result: Tensor) -> None:
-        """Write the chunk's rows of `result` [N, ...]."""
-        if self.positions is None:
-            result[chunk] = values
-        else:
-            result[self.positions[chunk]] = values
-
-
 class _Chunks:
     """The pass over the rows: buffers that all chunks share, and what they add up to."""
 
     def __init__(
-        self, rows: _Rows, weight: Tensor, bias: Tensor | None, spec: LossSpec, wanted: Wanted, upstream: Tensor | None
+        self, rows: Rows, weight: Tensor, bias: Tensor | None, spec: LossSpec, wanted: Wanted, upstream: Tensor | None
     ):
         self.rows, self.spec, self.wanted, self.upstream = rows, spec, wanted, upstream
         self.vocabulary, self.dtype = weight.shape[0], accumulate_dtype(weight.dtype)

@@ -1,0 +1,474 @@
+"""fxopt::linear_cross_entropy against `F.cross_entropy` of the logits, by the fp64 rule of `fxopt.testing.compare`."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.flop_counter import FlopCounterMode
+
+from fxopt.ops import chunked_loss, products
+from fxopt.ops.linear_cross_entropy import linear_cross_entropy
+from fxopt.ops.loss_operator import BACKWARD, FORWARD
+from fxopt.ops.registry import memory_of
+from fxopt.testing.compare import Step, compare
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+NAMES = ("hidden", "weight", "bias")
+Loss = Callable[..., Tensor]
+
+
+def eager(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *, scale: float = 1.0,
+    softcap: float | None = None, **options: Any,
+) -> Tensor:  # fmt: skip
+    """What the operator stands for, with logits; scale and cap in the dtype of the logits, as models write them."""
+    logits = F.linear(hidden, weight, bias) * scale
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).reshape(-1, weight.shape[0])
+    loss = F.cross_entropy(logits, target.reshape(-1), **options)
+    return loss.reshape(target.shape) if options.get("reduction") == "none" else loss
+
+
+def problem(rows: int = 70, width: int = 24, classes: int = 57, dtype: torch.dtype = torch.float32, seed: int = 0):
+    """hidden [N, H], weight [V, H], bias [V] that require gradients and target [N]."""
+    draw = torch.Generator().manual_seed(seed)
+    hidden, weight, bias = (
+        torch.randn(*shape, generator=draw).to(dtype).requires_grad_()
+        for shape in ((rows, width), (classes, width), (classes,))
+    )
+    return hidden, weight, bias, torch.randint(0, classes, (rows,), generator=draw)
+
+
+def run(
+    loss: Loss, tensors: Sequence[Any], target: Tensor, upstream: Any = 1.0, dtype: Any = None, **options: Any
+) -> Step:
+    """Loss and gradients, with everything in `dtype` if given; `requires_grad` and strides are the tensors' own."""
+    inputs = [None if t is None else t.detach().to(dtype or t.dtype).requires_grad_(t.requires_grad) for t in tensors]
+    found = loss(*inputs, target, **options)
+    if found.requires_grad:
+        found.backward(torch.as_tensor(upstream, dtype=found.dtype).expand(found.shape))
+    gradients = {name: None if t is None else t.grad for name, t in zip(NAMES, inputs, strict=True)}
+    losses = found.detach()
+    return Step(losses, {}, gradients, torch.finfo(tensors[0].dtype).eps)
+
+
+def check(tensors: Sequence[Any], target: Tensor, upstream: float | Tensor = 1.0, **options: Any) -> Step:
+    """Run the operator, eager and eager in fp64; apply the rule and return the operator's step.
+
+    A loss is one number, which eager gets right by luck now and then: where the rule is broken it is asked again, with
+    the sums over H in other orders. There is nothing exact to hold fp64 against: 64 roundings are allowed there.
+    """
+    ours = run(linear_cross_entropy, tensors, target, upstream, **options)
+    exact = run(eager, tensors, target, upstream, torch.float64, **options)
+    if tensors[0].dtype == torch.float64:
+        for name, right in exact.named().items():
+            scale = 1.0 if right is None else max(float(right.abs().max()), 1.0)
+            torch.testing.assert_close(ours.named()[name], right, rtol=0, atol=64 * ours.eps * scale)
+    else:
+        orders = [torch.arange(tensors[0].shape[1]), *(torch.randperm(tensors[0].shape[1]) for _ in range(7))]
+        found = (compare(ours, run(partial(reordered, o), tensors, target, upstream, **options), exact) for o in orders)
+        first = next(found)
+        assert first.ok or any(comparison.ok for comparison in found), str(first)
+    return ours
+
+
+def reordered(order: Tensor, hidden: Tensor, weight: Tensor, *rest: Any, **options: Any) -> Tensor:
+    """`eager` with H permuted: the same value, and gradients, from sums in another order."""
+    return eager(hidden[:, order], weight[:, order], *rest, **options)
+
+
+@contextlib.contextmanager
+def small_chunks(kind: type[products.AtenProducts] | None = None) -> Iterator[None]:
+    """Chunks of 32 rows, blocks of 5 and pieces of the least size, so that small inputs take every loop twice."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.multiple(chunked_loss, CHUNK_BYTES=1, LEAST_ROWS=1))
+        stack.enter_context(mock.patch.object(chunked_loss, "block_rows", return_value=5))
+        for products_kind in (products.AtenProducts, products.OneDnnProducts):
+            stack.enter_context(mock.patch.object(products_kind, "PIECE_BYTES", 600))
+        if kind is not None:
+            stack.enter_context(mock.patch.object(products, "_kind", return_value=kind))
+        yield
+
+
+# --- values and gradients ----------------------------------------------------------------------------------------
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> tuple[tuple[Any, ...], Tensor, Tensor, dict[str, Any]]:
+    """Tensors of any dtype and layout, targets some of which are ignored, upstream gradients and options."""
+    dtype = draw(st.sampled_from(DTYPES))
+    least = dtype == torch.float64  # in fp32 a single number says nothing about accuracy: eager's is right by luck
+    classes = draw(st.sampled_from((1, 2, 7, 57) if least else (7, 57)))
+    rows, width = draw(st.sampled_from((1, 3, 70) if least else (33, 70))), draw(st.sampled_from((1, 8, 70)))
+    hidden, weight, bias, target = problem(rows, width, classes, dtype, draw(st.integers(0, 2**16)))
+    layout = {
+        "plain": lambda t: t,
+        "transposed": lambda t: t.t().contiguous().t(),
+        "strided": lambda t: torch.stack((t, t), -1)[..., 0],
+    }
+    hidden, weight = (layout[draw(st.sampled_from(sorted(layout)))](t.detach()) for t in (hidden, weight))
+    tensors = (hidden, weight, bias.detach() if draw(st.booleans()) else None)
+    for tensor in tensors:
+        if tensor is not None:
+            tensor.requires_grad_(draw(st.booleans()))
+    ignore = draw(st.sampled_from((-100, 0)))
+    target = target.masked_fill(torch.rand(target.shape) < draw(st.sampled_from((0.0, 0.4))), ignore)
+    target[0] = classes - 1  # `mean` is NaN where all are ignored: a test of its own
+    options = {
+        "reduction": draw(st.sampled_from(("mean", "sum", "none"))),
+        "label_smoothing": draw(st.sampled_from((0.0, 0.1))),
+        "ignore_index": ignore if classes > 1 else -100,
+        "scale": draw(st.sampled_from((1.0, 0.3, -2.0))),
+        "softcap": draw(st.sampled_from((None, 5.0))),
+    }
+    upstream = torch.randn(target.shape) if options["reduction"] == "none" else torch.randn(())
+    return tensors, target, upstream, options
+
+
+@given(drawn=problems(), kind=st.sampled_from((products.AtenProducts, None)))
+def test_equals_cross_entropy_of_the_logits(drawn: Any, kind: Any) -> None:
+    tensors, target, upstream, options = drawn
+    with small_chunks(kind):
+        check(tensors, target, upstream, **options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_equals_cross_entropy_in_chunks_of_real_size(dtype: torch.dtype, reduction: str) -> None:
+    *tensors, target = problem(300, 130, 9000, dtype)
+    assert chunked_loss.chunk_rows(300, 40_000_000, dtype) == 128
+    check(tensors, target, torch.rand(300) if reduction == "none" else 0.3, reduction=reduction)
+
+
+def test_onednn_and_aten_agree_with_the_rule_in_fp32() -> None:
+    *tensors, target = problem(100, 130, 57)
+    for kind in (products.OneDnnProducts, products.AtenProducts):
+        with small_chunks(kind):
+            check(tensors, target, 1.5)
+
+
+def test_gradcheck() -> None:
+    hidden, weight, bias, target = problem(5, 3, 4, torch.float64)
+    target[1] = -100
+    for reduction in ("mean", "sum", "none"):
+        torch.autograd.gradcheck(
+            lambda *t, how=reduction: linear_cross_entropy(
+                *t, target, reduction=how, scale=0.7, softcap=3.0, label_smoothing=0.1
+            ),
+            (hidden, weight, bias),
+        )
+
+
+def test_repeats_bit_for_bit() -> None:
+    *tensors, target = problem(300, 64, 500)
+    first, second = (run(linear_cross_entropy, tensors, target) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first.named().values(), second.named().values(), strict=True))
+
+
+@pytest.mark.parametrize("upstream", [1 / 3, 65536.0, -7.0])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_narrow_gradient_is_rounded_after_the_upstream_gradient(dtype: torch.dtype, upstream: float) -> None:
+    """A loss scale of 65536, which eager fp16 needs, must find gradients that have not yet vanished."""
+    *tensors, target = problem(600, 16, 2000, dtype)
+    check([t.detach().mul_(0.1).requires_grad_() for t in tensors], target, upstream)
+
+
+def test_hidden_of_any_rank_and_targets_in_either_shape() -> None:
+    hidden, weight, bias, target = problem(24)
+    flat = linear_cross_entropy(hidden, weight, bias, target, reduction="none")
+    deep = hidden.reshape(2, 3, 4, -1)
+    assert flat.shape == (24,)
+    for shape in ((2, 3, 4), (4, 6)):
+        losses = linear_cross_entropy(deep, weight, bias, target.reshape(shape), reduction="none")
+        assert torch.equal(losses, flat.reshape(shape))
+    assert torch.equal(linear_cross_entropy(deep, weight, bias, target, reduction="none"), flat)
+    assert linear_cross_entropy(hidden[0], weight, bias, target[0], reduction="none").shape == ()
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_the_gradient_has_the_layout_of_the_weight(transposed: bool) -> None:
+    hidden, weight, _, target = problem()
+    weight = (weight.detach().t().contiguous().t() if transposed else weight.detach()).requires_grad_()
+    linear_cross_entropy(hidden, weight, None, target).backward()
+    assert weight.grad is not None
+    assert weight.grad.stride() == weight.stride()
+
+
+# --- upstream gradients ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_backward_twice_and_accumulation(reduction: str) -> None:
+    hidden, weight, bias, target = problem()
+    loss = linear_cross_entropy(hidden, weight, bias, target, reduction=reduction).sum()
+    loss.backward(retain_graph=True)
+    once = [t.grad.clone() for t in (hidden, weight, bias)]
+    loss.backward(retain_graph=True)
+    assert all(torch.equal(t.grad, 2 * g) for t, g in zip((hidden, weight, bias), once, strict=True))
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_upstream_gradients_of_each_token(trained: bool) -> None:
+    hidden, weight, bias, target = problem()
+    target[3] = -100
+    tensors = (hidden, weight.requires_grad_(trained), bias.requires_grad_(trained))
+    check(tensors, target, torch.linspace(-1, 2, 70), reduction="none")
+    check(tensors, target, 0.5, reduction="none")  # expanded, as `sum().backward()` has it
+
+
+def test_two_losses_of_a_tied_weight_add_up() -> None:
+    _, weight, _, target = problem()
+
+    def tied(loss: Loss, w: Tensor) -> Tensor:
+        hidden = F.embedding(target, w)
+        return loss(hidden, w, None, target.roll(1)) + loss(hidden * 0.5, w, None, target.roll(2), reduction="sum")
+
+    found = [torch.autograd.grad(tied(loss, weight.double()), weight)[0] for loss in (linear_cross_entropy, eager)]
+    torch.testing.assert_close(found[0], found[1])
+
+
+def test_differentiating_twice_raises() -> None:
+    *tensors, target = problem()
+    loss = linear_cross_entropy(*tensors, target)
+    with pytest.raises(RuntimeError, match="create_graph"):
+        torch.autograd.grad(loss, tensors[0], create_graph=True)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_gradient_that_was_not_announced_raises(reduction: str) -> None:
+    hidden, weight, bias, target = problem()
+    loss, *_ = FORWARD(hidden, weight, bias, target, 1.0, 0.0, 0.0, -100, reduction, True, False, True)
+    with pytest.raises(RuntimeError, match="need_weight=False"):
+        loss.sum().backward()
+
+
+def test_computes_no_gradient_that_nobody_asks_for() -> None:
+    hidden, weight, bias, target = problem()
+    product = 2 * hidden.shape[0] * weight.numel()
+
+    def flops(trained: tuple[bool, bool], reduction: str = "mean", training: bool = True) -> int:
+        pair = [t.detach().requires_grad_(on) for t, on in zip((hidden, weight), trained, strict=True)]
+        with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(training):
+            loss = linear_cross_entropy(*pair, bias.detach(), target, reduction=reduction).sum()
+            if loss.requires_grad:
+                loss.backward()
+        return counter.get_total_flops() // product
+
+    assert [flops((a, b)) for a, b in ((True, True), (True, False), (False, True), (False, False))] == [3, 2, 2, 1]
+    assert flops((True, True), training=False) == 1
+    assert [flops(trained, "none") for trained in ((True, True), (True, False))] == [4, 2]
+
+
+# --- edges -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("rows", [0, 3])
+def test_no_row_counts(rows: int, reduction: str, label_smoothing: float) -> None:
+    *tensors, target = problem(rows)
+    options = {"reduction": reduction, "label_smoothing": label_smoothing}
+    ignored = torch.full_like(target, -100)
+    found = [run(loss, tensors, ignored, **options) for loss in (linear_cross_entropy, eager)]
+    for ours, theirs in zip(found[0].named().values(), found[1].named().values(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
+    assert math.isnan(found[0].loss.sum()) == (reduction == "mean")
+
+
+@pytest.mark.parametrize("wrong", [57, -1, 2**40])
+def test_a_target_out_of_range_raises_as_torch_does(wrong: int) -> None:
+    *tensors, target = problem()
+    target[[2, 5]] = torch.tensor([-100, wrong])
+    for loss in (eager, linear_cross_entropy):
+        with pytest.raises(IndexError, match=f"Target {wrong} is out of bounds"):
+            loss(*tensors, target)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("where", ["hidden", "bias"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_nan_and_infinity_go_where_torch_lets_them_go(where: str, value: float, reduction: str) -> None:
+    hidden, weight, bias, target = (t.detach() for t in problem())
+    target[target == 5] = 6
+    {"hidden": hidden, "bias": bias}[where].view(-1)[5] = value
+    tensors = tuple(t.requires_grad_() for t in (hidden, weight, bias))
+    ours, theirs = (run(loss, tensors, target, reduction=reduction) for loss in (linear_cross_entropy, eager))
+    for name, right in theirs.named().items():
+        torch.testing.assert_close(ours.named()[name], right, equal_nan=True, msg=f"{name}: {ours} is not {theirs}")
+
+
+def test_an_ignored_row_has_no_part_even_if_it_is_nan() -> None:
+    hidden, weight, bias, target = problem()
+    target[4] = -100
+    poisoned = hidden.detach().clone()
+    poisoned[4] = math.nan
+    tensors = (poisoned.requires_grad_(), weight, bias)
+    clean, ours = (run(linear_cross_entropy, t, target) for t in ((hidden, weight, bias), tensors))
+    assert all(torch.equal(a, b) for a, b in zip(clean.named().values(), ours.named().values(), strict=True))
+
+
+def test_a_small_probability_keeps_its_loss_and_a_large_one_its_gradient() -> None:
+    """exp(-200) is 0 in fp32, and 1 - exp(-9) is 1 in bf16."""
+    hidden, target = torch.tensor([[1.0], [1.0]]), torch.tensor([0, 1])
+    for dtype in (torch.float32, torch.bfloat16):
+        far = (hidden.to(dtype).requires_grad_(), torch.tensor([[-200.0], [0.0]], dtype=dtype).requires_grad_(), None)
+        assert check(far, target, reduction="none").loss.tolist() == [200.0, 0.0]
+        near = (hidden.to(dtype).requires_grad_(), torch.tensor([[0.0], [9.0]], dtype=dtype).requires_grad_(), None)
+        assert check(near, target[1:].expand(2)).gradients["weight"].abs().min() > 1e-4
+
+
+def test_ambient_autocast_changes_nothing() -> None:
+    hidden, weight, bias, target = problem()
+    for reduction in ("mean", "none"):
+        gradients = []
+        for enabled in (False, True):
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+                loss = linear_cross_entropy(hidden, weight, bias, target, reduction=reduction).sum()
+                gradients += torch.autograd.grad(loss, weight)
+        assert torch.equal(*gradients)
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "change"),
+    [
+        (TypeError, "share a floating dtype", {"weight": torch.zeros(57, 24, dtype=torch.float64)}),
+        (TypeError, "int64", {"target": torch.zeros(70, dtype=torch.int32)}),
+        (ValueError, "do not fit", {"weight": torch.zeros(57, 23)}),
+        (ValueError, "69 targets", {"target": torch.zeros(69, dtype=torch.int64)}),
+        (ValueError, r"\[57\]", {"bias": torch.zeros(58)}),
+        (ValueError, "mean, sum, none", {"reduction": "max"}),
+        (ValueError, "softcap", {"softcap": 0.0}),
+        (ValueError, "label_smoothing", {"label_smoothing": 1.5}),
+    ],
+)
+def test_what_does_not_fit_is_named(error: type[Exception], message: str, change: dict[str, Any]) -> None:
+    names = dict(zip((*NAMES, "target"), problem(), strict=True))
+    with pytest.raises(error, match=message):
+        linear_cross_entropy(**(names | change))
+
+
+# --- as an operator in graphs ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("needs", [(True, True, True), (True, False, False)])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_fake_and_autograd_registrations_are_true(reduction: str, needs: tuple[bool, ...], transposed: bool) -> None:
+    hidden, weight, bias, target = problem()
+    weight = weight.detach().t().contiguous().t() if transposed else weight.detach()
+    tensors = [t.detach().requires_grad_(need) for t, need in zip((hidden, weight, bias), needs, strict=True)]
+    constants = (1.0, 0.0, 0.0, -100, reduction, *needs)
+    torch.library.opcheck(FORWARD, (*tensors, target, *constants))
+    if reduction == "none":
+        torch.library.opcheck(BACKWARD, (torch.rand(70), *(t.detach() for t in tensors), target, *constants))
+
+
+def test_stays_whole_in_a_pre_autograd_trace() -> None:
+    *tensors, target = problem()
+    graph = make_fx(lambda *t: linear_cross_entropy(*t, reduction="sum") / 7, pre_dispatch=True)(*tensors, target).graph
+    calls = [node for node in graph.nodes if node.target is FORWARD]
+    assert [call.args[-3:] for call in calls] == [(True, True, True)]
+    with torch.no_grad():
+        graph = make_fx(lambda *t: linear_cross_entropy(*t, scale=1.0), pre_dispatch=True)(*tensors, target).graph
+    assert [node.args[-3:] for node in graph.nodes if node.target is FORWARD] == [(False, False, False)]
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_compiles_with_changing_sizes(backend: str, reduction: str) -> None:
+    """Values and gradients through torch.compile; sizes that became symbols, then 1 and 0."""
+
+    def loss(function: Loss, hidden: Tensor, *rest: Tensor) -> Tensor:
+        losses = function(torch.tanh(hidden), *rest, reduction=reduction, softcap=4.0)
+        return (losses * 0.3).sum()
+
+    compiled = torch.compile(partial(loss, linear_cross_entropy), backend=backend, dynamic=True, fullgraph=True)
+    for rows in (40, 7, 1, 0):
+        *tensors, target = problem(rows)
+        ours, theirs = (run(function, tensors, target) for function in (compiled, partial(loss, eager)))
+        if rows or reduction == "none":
+            compare(ours, theirs, run(partial(loss, eager), tensors, target, dtype=torch.float64)).check()
+        else:
+            assert math.isnan(ours.loss)
+
+
+def test_trains_a_tied_model_through_inductor() -> None:
+    """Embedding, a layer and the loss compiled together; three steps follow eager's."""
+
+    class Model(torch.nn.Module):
+        def __init__(self, function: Loss) -> None:
+            super().__init__()
+            self.embedding, self.layer, self.function = torch.nn.Embedding(57, 24), torch.nn.Linear(24, 24), function
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            hidden = torch.relu(self.layer(self.embedding(tokens)))[:, :-1]
+            return self.function(hidden, self.embedding.weight, None, tokens[:, 1:])
+
+    losses = []
+    for function in (linear_cross_entropy, eager):
+        torch.manual_seed(0)
+        model = Model(function).double()
+        forward = torch.compile(model, backend="inductor") if function is linear_cross_entropy else model
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+        for step in range(3):
+            optimizer.zero_grad()
+            loss = forward(torch.arange(40).reshape(4, 10) + step)
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+    assert losses[:3] == pytest.approx(losses[3:], rel=1e-12)
+    assert losses[2] < losses[0]
+
+
+# --- memory ------------------------------------------------------------------------------------------------------
+
+
+def peak_bytes(work: Callable[[], object]) -> int:
+    """The most that `work` has allocated at a time, by the allocator's own events."""
+    with torch.profiler.profile(profile_memory=True) as profile:
+        kept = work()
+    del kept
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    now = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    return peak
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("softcap", [0.0, 5.0])
+@pytest.mark.parametrize("needs", [(True, True, False), (True, False, False), (False, False, False)])
+def test_the_memory_formula_is_what_the_allocator_sees(
+    dtype: torch.dtype, softcap: float, needs: tuple[bool, ...]
+) -> None:
+    hidden, weight, _, target = problem(512, 128, 32_000, dtype)
+    arguments = (hidden, weight, None, target, 1.0, softcap, 0.0, -100, "mean", *needs)
+    with torch.no_grad():
+        FORWARD(*arguments)
+        peak = peak_bytes(lambda: FORWARD(*arguments))
+    formula = memory_of(FORWARD, *arguments)
+    assert formula is not None
+    assert formula.outputs + formula.workspace == pytest.approx(peak, rel=0.1)
+    assert peak < 512 * 32_000 * 4 + weight.nbytes  # a single fp32 copy of the logits and a gradient
+
+
+def test_memory_of_other_operators_is_unknown() -> None:
+    assert memory_of(torch.ops.aten.mm.default, torch.ones(1, 1), torch.ones(1, 1)) is None
+    *tensors, target = problem()
+    backward = memory_of(BACKWARD, torch.rand(70), *tensors, target, 1.0, 0.0, 0.0, -100, "none", True, True, True)
+    assert backward is not None
+    assert backward.outputs == sum(t.nbytes for t in tensors)
