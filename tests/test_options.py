@@ -64,7 +64,9 @@ def test_the_environment_sets_the_dump_directory(monkeypatch, tmp_path):
 
 def test_inductor_options_and_mode_reach_inductor(monkeypatch):
     seen = {}
-    monkeypatch.setattr(fxopt.compat, "compile_graph", lambda gm, inputs, patches, key: seen.update(patches) or gm.forward)
+    monkeypatch.setattr(
+        fxopt.compat, "compile_graph", lambda gm, inputs, patches, key: seen.update(patches) or gm.forward
+    )
     torch.compile(torch.sin, backend=fxopt.backend.fxopt, options={"inductor": {"max_fusion_size": 7}})(torch.randn(3))
     assert seen == {"max_fusion_size": 7}
     torch.compile(torch.cos, backend=fxopt.backend.fxopt, mode="max-autotune-no-cudagraphs")(torch.randn(3))
