@@ -96,7 +96,8 @@ def compile_graph(
     from torch._inductor.compile_fx import compile_fx
 
     tag = f"{torch.compiler.config.cache_key_tag} {key}"
-    lowering = functorch_config.patch(force_non_lazy_backward_lowering=True)
+    # Lowered lazily, a backward knows whether the graph is retained; lowered now, it may not reuse what it reads.
+    lowering = functorch_config.patch(force_non_lazy_backward_lowering=True, donated_buffer=False)
     with lowering, patched(torch.compiler.config, "cache_key_tag", tag):
         return compile_fx(gm, list(inputs), config_patches=dict(patches))  # type: ignore[return-value]
 
