@@ -96,10 +96,24 @@ def compile_graph(
     from torch._inductor.compile_fx import compile_fx
 
     tag = f"{torch.compiler.config.cache_key_tag} {key}"
-    # Lowered lazily, a backward knows whether the graph is retained; lowered now, it may not reuse what it reads.
-    lowering = functorch_config.patch(force_non_lazy_backward_lowering=True, donated_buffer=False)
-    with lowering, patched(torch.compiler.config, "cache_key_tag", tag):
+    lowering = functorch_config.patch(force_non_lazy_backward_lowering=True)
+    with lowering, _nothing_donated(), patched(torch.compiler.config, "cache_key_tag", tag):
         return compile_fx(gm, list(inputs), config_patches=dict(patches))  # type: ignore[return-value]
+
+
+@contextlib.contextmanager
+def _nothing_donated() -> Iterator[None]:
+    """Within, no backward may reuse the memory of saved tensors, so that graphs compiled here can be retained.
+
+    Lowered lazily, a backward learns first whether the graph is retained; lowered early it cannot, and
+    ``backward(retain_graph=True)`` would raise. Switching `donated_buffer` off does not help: the check at run time
+    takes the list that is then missing for a list that is not empty.
+    """
+    from torch._functorch._aot_autograd import graph_compile
+
+    name = "collect_bw_donated_buffer_idxs"
+    with patched(graph_compile, name, lambda *_, **__: []) if hasattr(graph_compile, name) else contextlib.nullcontext():
+        yield
 
 
 @contextlib.contextmanager
