@@ -112,7 +112,8 @@ def _nothing_donated() -> Iterator[None]:
     from torch._functorch._aot_autograd import graph_compile
 
     name = "collect_bw_donated_buffer_idxs"
-    with patched(graph_compile, name, lambda *_, **__: []) if hasattr(graph_compile, name) else contextlib.nullcontext():
+    found = hasattr(graph_compile, name)
+    with patched(graph_compile, name, lambda *_, **__: []) if found else contextlib.nullcontext():
         yield
 
 
