@@ -23,7 +23,7 @@ $(READY): pyproject.toml constraints.txt
 	@$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[test,demo,graph]"
 	@touch $@
 
-demo: $(READY)  ## train a small Llama under eager, Inductor and fxopt; one table, one chart (under 4 minutes)
+demo: $(READY)  ## train a small Llama under eager, Inductor and fxopt; one table, one chart
 	$(BIN)/python examples/compare.py
 
 test: lint  ## lint, types and every test that is not slow

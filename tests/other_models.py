@@ -6,6 +6,7 @@ attributes it has are set small. What cannot be made or run that way in eager Py
 
 from __future__ import annotations
 
+import copy
 import inspect
 from typing import Any
 
@@ -69,7 +70,7 @@ def build(name: str) -> tuple[PreTrainedModel, models.Inputs]:
         models.unsettle(model, 0.02)
         ids = models.tokens()
         inputs: models.Inputs = {"input_ids": ids, "labels": ids.clone()}
-        loss = model(**inputs).loss
+        loss = copy.deepcopy(model)(**inputs).loss  # a copy: recurrent models keep their last state
         loss.backward()
     except Unbuildable:
         raise
