@@ -5,7 +5,11 @@ Everything else imports what it needs from here, so that a new torch release is 
 
 from __future__ import annotations
 
+import collections
 import contextlib
+import contextvars
+import copy
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -22,6 +26,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 __all__ = [
     "DYNAMO_CONTROL",
+    "ENTER_AUTOCAST",
+    "EXIT_AUTOCAST",
     "STATE_SWITCHES",
     "FakeTensor",
     "FakeTensorMode",
@@ -37,6 +43,7 @@ __all__ = [
     "inductor_option_names",
     "mode_options",
     "pytree",
+    "size_expression",
     "tag_activation_checkpoint",
     "trace_atens",
 ]
@@ -49,7 +56,9 @@ class PassesThroughDynamo(ShortenTraceback):
         super().__init__(message, first_useful_frame=None)
 
 
-STATE_SWITCHES: frozenset[Any] = frozenset({_set_grad_enabled, torch.amp._enter_autocast, torch.amp._exit_autocast})
+ENTER_AUTOCAST: Any = torch.amp._enter_autocast
+EXIT_AUTOCAST: Any = torch.amp._exit_autocast
+STATE_SWITCHES: frozenset[Any] = frozenset({_set_grad_enabled, ENTER_AUTOCAST, EXIT_AUTOCAST})
 """Nodes that change ambient state for the nodes after them: grad mode and autocast regions."""
 
 
@@ -73,6 +82,11 @@ def ignoring_fresh_symbols(mode: FakeTensorMode | None) -> Iterator[None]:
         yield
 
 
+def size_expression(size: Any) -> Any:
+    """A size as an int, or as the sympy expression behind a symbolic one; reading it installs no guard."""
+    return size.node.expr if isinstance(size, torch.SymInt) else size
+
+
 def is_batched(value: torch.Tensor) -> bool:
     """Whether `value` is vmap's view of a tensor, which has no storage to ask for."""
     return torch._C._functorch.is_batchedtensor(value)
@@ -90,14 +104,16 @@ def compile_graph(
 ) -> Callable[..., Any]:
     """Compile `gm` for training with Inductor. The backward is lowered now, so that it fails now if it fails.
 
-    Torch's caches are keyed on the graph; what fxopt's operators do in it, backward too, is known by `key`.
+    Torch's caches are keyed on the graph; what fxopt's operators do in it, backward too, is known by `key`. Inductor's
+    attention patterns stay off it (see `attention_patterns_off`).
     """
     from torch._functorch import config as functorch_config
     from torch._inductor.compile_fx import compile_fx
 
-    tag = f"{torch.compiler.config.cache_key_tag} {key}"
+    tag = f"{torch.compiler.config.cache_key_tag} {key} without sfdp"
     lowering = functorch_config.patch(force_non_lazy_backward_lowering=True)
-    with lowering, _nothing_donated(), patched(torch.compiler.config, "cache_key_tag", tag):
+    tagged = patched(torch.compiler.config, "cache_key_tag", tag)
+    with lowering, _nothing_donated(), attention_patterns_off(), tagged:
         return compile_fx(gm, list(inputs), config_patches=dict(patches))  # type: ignore[return-value]
 
 
@@ -115,6 +131,55 @@ def _nothing_donated() -> Iterator[None]:
     found = hasattr(graph_compile, name)
     with patched(graph_compile, name, lambda *_, **__: []) if found else contextlib.nullcontext():
         yield
+
+
+_ATTENTION_OFF = contextvars.ContextVar("fxopt_attention_patterns_off", default=False)
+
+
+@contextlib.contextmanager
+def attention_patterns_off() -> Iterator[None]:
+    """Within, in this thread, Inductor matches no attention patterns (``_sfdp_*``); all its others it does.
+
+    They miscompile: ``(q @ k.mT / c).softmax(-2) @ v`` becomes attention, whose softmax runs over the last axis (torch
+    2.13 on a CPU, error 0.63). What is left of attention in our graphs, fxopt's own rule has refused with a reason.
+    """
+    _guard_joint_passes()
+    token = _ATTENTION_OFF.set(True)
+    try:
+        yield
+    finally:
+        _ATTENTION_OFF.reset(token)
+
+
+@functools.cache
+def _guard_joint_passes() -> None:
+    """Once a process: the passes over the joint graph ask, each time they run, whether attention is off.
+
+    Patterns are registered on a device's first compilation and shared by all, so they can neither be taken away now
+    nor for one compilation: another thread's would lose them.
+    """
+    from torch._inductor.fx_passes import joint_graph
+
+    for one in getattr(joint_graph, "pass_patterns", ()):
+        one.apply = functools.partial(_apply_guarded, one)
+
+
+def _apply_guarded(whole: Any, graph: Any) -> int:
+    return int(type(whole).apply(without_attention(whole) if _ATTENTION_OFF.get() else whole, graph))
+
+
+def without_attention(whole: Any) -> Any:
+    """A copy of Inductor's `PatternMatcherPass` without the attention patterns, known by their functions' names."""
+    from torch._inductor import pattern_matcher
+
+    known = getattr(pattern_matcher, "_known_precompiled_patterns", ())
+    attention = {id(pattern) for function, *_, pattern in known if function.__name__.startswith("_sfdp_")}
+    part = copy.copy(whole)
+    part.patterns = collections.defaultdict(list)
+    for key, entries in whole.patterns.items():
+        if kept := [entry for entry in entries if id(entry.pattern) not in attention]:
+            part.patterns[key] = kept
+    return part
 
 
 @contextlib.contextmanager

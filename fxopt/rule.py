@@ -51,6 +51,8 @@ class Site:
     inputs:   what the replacement is called with: nodes, or constants of the graph.
     deferrable: interior nodes that only graph outputs read, which may be computed when somebody looks.
     detail:   a few words for the report.
+    draws:    random nodes among `nodes` that the replacement draws anew. Their numbers come out different, their
+              distribution must not; the random nodes outside the site keep their order.
     """
 
     rule: str
@@ -59,6 +61,7 @@ class Site:
     inputs: dict[str, Any]
     deferrable: tuple[fx.Node, ...] = ()
     detail: str = ""
+    draws: tuple[fx.Node, ...] = ()
 
     @property
     def anchor(self) -> fx.Node:

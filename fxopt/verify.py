@@ -7,15 +7,15 @@ alias; a differential run in fp64 a wrong formula.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
 from torch import fx
 
 from fxopt import compat
+from fxopt.effects import is_pure, is_random, mutates, storage_of
 from fxopt.fake import value_of
-from fxopt.simplify import is_pure, is_random, mutates, storage_of
 
 
 class VerificationError(AssertionError):
@@ -54,8 +54,14 @@ def _is_canonical_target(node: fx.Node) -> bool:
     )
 
 
-def same_interface(before: fx.GraphModule, after: fx.GraphModule) -> None:
+def same_interface(
+    before: fx.GraphModule, after: fx.GraphModule, redrawn: Collection[str] = (), made: Collection[str] = ()
+) -> None:
     """Check that two propagated graphs agree in inputs, outputs, aliasing, mutations and random operators.
+
+    redrawn: names of random nodes of `before` that a rewrite replaced by draws of its own, and
+    made:    names of the nodes of `after` that it made. The random operators besides those two must be the same ones
+             in the same order, and if any was redrawn, some node made must be random: else its numbers are constant.
 
     Raises `VerificationError` naming the first difference.
     """
@@ -70,10 +76,19 @@ def same_interface(before: fx.GraphModule, after: fx.GraphModule) -> None:
     for what, listed in (
         ("aliasing of the outputs", _alias_classes),
         ("in-place writes", _writes),
-        ("random operators", _random),
     ):
         if listed(before) != listed(after):
             raise VerificationError(f"the {what} changed: {listed(before)} became {listed(after)}")
+    _same_draws(before, after, redrawn, made)
+
+
+def _same_draws(before: fx.GraphModule, after: fx.GraphModule, redrawn: Collection[str], made: Collection[str]) -> None:
+    old = [str(node.target) for node in _random(before) if node.name not in redrawn]
+    new = [str(node.target) for node in _random(after) if node.name not in made]
+    if old != new:
+        raise VerificationError(f"the random operators changed: {old} became {new}")
+    if len(old) < len(_random(before)) and len(new) == len(_random(after)):
+        raise VerificationError(f"{', '.join(sorted(redrawn))} should be drawn anew, and nothing is")
 
 
 def same_value(name: str, before: Any, after: Any, grad: bool = True) -> None:
@@ -134,5 +149,5 @@ def _writes(gm: fx.GraphModule) -> list[str]:
     return [str(node.target) for node in _calls(gm) if mutates(node)]
 
 
-def _random(gm: fx.GraphModule) -> list[str]:
-    return [str(node.target) for node in _calls(gm) if is_random(node)]
+def _random(gm: fx.GraphModule) -> list[fx.Node]:
+    return [node for node in _calls(gm) if is_random(node)]

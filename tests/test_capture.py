@@ -134,6 +134,20 @@ def test_copies_stay_where_memory_is_shared_or_written():
     ]
 
 
+def test_attention_draws_only_with_dropout():
+    def fn(q):
+        F.scaled_dot_product_attention(q, q, q, dropout_p=0.3)
+        F.scaled_dot_product_attention(q, q, q)
+        torch.bernoulli(q, 0.0)  # draws whatever the probability
+        return q.cos()
+
+    assert targets(captured(fn, torch.randn(1, 2, 4, 8)).module) == [
+        "aten.scaled_dot_product_attention.default",
+        "aten.bernoulli.p",
+        "aten.cos.default",
+    ]
+
+
 def test_dead_code_goes_and_effects_stay():
     def fn(x):
         x.cos()

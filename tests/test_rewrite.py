@@ -79,7 +79,7 @@ def test_commuted_and_cast_spellings_are_found():
         (lambda x: (gelu_by_hand(x, 2.0), torch.sigmoid(2.0 * x)[0]), None),
         (lambda x: (lambda s: (x * s, s))(torch.sigmoid(2.0 * x)), "is also a graph output"),
         (lambda x: (lambda s: (x * s, s + 1))(torch.sigmoid(2.0 * x)), "is also used by add (test_rewrite.py"),
-        (lambda x: (lambda y: y * torch.sigmoid(2.0 * y.add_(1)))(x.clone()), ""),
+        (lambda x: x * torch.sigmoid(2.0 * x.add_(1)), ""),
     ],
     ids=["twins are separate", "escapes to an output", "escapes to a user", "mutated in between"],
 )
@@ -106,6 +106,51 @@ def test_a_write_inside_the_region_is_refused():
         outcome = applied(f, *args)
         assert not outcome.rewrites
     assert any("writes in place" in reason for item in outcome.refusals for reason in item.reasons)
+
+
+def test_a_write_that_nobody_sees_is_no_disturbance():
+    def fn(x):
+        h = x.cos()
+        s = 2.0 * h
+        s.sigmoid_()
+        s *= h
+        return s
+
+    outcome = applied(fn, torch.randn(3, requires_grad=True))
+    assert targets(outcome.module)[1:] == ["aten.mul.Tensor", "aten.silu.default", "aten.div.Tensor"]
+
+
+def test_a_switch_that_concerns_no_node_of_the_region_is_no_disturbance():
+    """Another layer's RoPE, or a mask, may be computed under `no_grad` between a site's first node and its last."""
+
+    def fn(x, y):
+        s = torch.sigmoid(2.0 * x)
+        with torch.no_grad():
+            angle = y.cos()
+        return x * s + angle
+
+    outcome = applied(fn, torch.randn(3, requires_grad=True), torch.randn(3, requires_grad=True))
+    assert len(outcome.rewrites) == 1
+
+    def masked(x, keep):
+        with torch.no_grad():
+            mask = keep.logical_not()
+        return (x * 2.0).masked_fill(mask, 0.0)
+
+    def grow(anchor):
+        scaled, mask, _ = anchor.args
+        return Site("mask", (anchor,), (mask, scaled, anchor), {"x": scaled.args[0], "keep": mask.args[0]})
+
+    region = Region(
+        name="mask",
+        anchors=frozenset({aten.masked_fill.Scalar}),
+        grow=grow,
+        replacement=lambda x, keep: torch.where(keep, 2.0 * x, 0.0),
+        spellings=(masked,),
+        inputs=drawn,
+    )
+    graph = captured(masked, torch.randn(3, requires_grad=True), torch.ones(3, dtype=torch.bool)).module
+    assert len(apply_rule(region, graph).rewrites) == 1
 
 
 def test_a_grad_mode_switch_inside_the_region_is_refused():
@@ -222,6 +267,63 @@ def test_a_region_grows_from_its_anchor():
     outcome = apply_rule(region, trace(lambda x: x.exp().log() + x.cos().log(), {"x": torch.randn(3)}))
     assert len(outcome.rewrites) == 1
     assert [(item.reasons, item.agreed) for item in outcome.refusals] == [(("cos is no exp",), 1)]
+
+
+def halved(x):
+    return F.dropout(x, 0.5) * 0.5
+
+
+def redrawing(replacement, draws=True):
+    """A rule that replaces `halved`, the dropout in it included."""
+
+    def grow(anchor):
+        dropped = anchor.args[0]
+        if getattr(dropped, "target", None) is not aten.dropout.default:
+            return None
+        return Site("half", (anchor,), (dropped, anchor), {"x": dropped.args[0]}, draws=(dropped,) if draws else ())
+
+    return Region(
+        name="half",
+        anchors=frozenset({aten.mul.Tensor}),
+        grow=grow,
+        replacement=replacement,
+        spellings=(halved,),
+        inputs=drawn,
+    )
+
+
+def with_others(x):
+    return torch.bernoulli(x.sigmoid()) + halved(x) + torch.randn_like(x)
+
+
+def test_random_nodes_are_replaced_where_the_rule_draws_anew():
+    graph = captured(with_others, torch.randn(3)).module
+    (refusal,) = apply_rule(redrawing(lambda x: x * torch.rand_like(x).round(), draws=False), graph).refusals
+    assert refusal.reasons == ("dropout (aten.dropout.default) draws random numbers",)
+    outcome = apply_rule(redrawing(lambda x: x * torch.rand_like(x).round()), graph)
+    assert [name for name in targets(outcome.module) if "rand" in name or "bern" in name or "drop" in name] == [
+        "aten.bernoulli.default", "aten.rand_like.default", "aten.randn_like.default",
+    ]  # fmt: skip
+
+
+def test_draws_are_replaced_by_draws_and_the_others_keep_their_order():
+    graph = captured(with_others, torch.randn(3)).module
+    with pytest.raises(VerificationError, match="dropout should be drawn anew, and nothing is"):
+        apply_rule(redrawing(lambda x: x * 0.5), graph)
+    swapped = captured(lambda x: torch.randn_like(x) + torch.bernoulli(x.sigmoid()), torch.randn(3)).module
+    with pytest.raises(VerificationError, match="random operators changed"):
+        same_interface(graph, swapped, redrawn={"dropout"})
+
+
+def test_random_operators_of_bodies_are_compared_too():
+    from torch.utils.checkpoint import checkpoint
+
+    graph = captured(
+        lambda x: checkpoint(with_others, x, use_reentrant=False) + halved(x), torch.randn(3, requires_grad=True)
+    ).module
+    assert len(apply_rule(redrawing(lambda x: x * torch.rand_like(x).round()), graph).rewrites) == 2
+    with pytest.raises(VerificationError, match="dropout should be drawn anew"):
+        apply_rule(redrawing(lambda x: x * 0.5), graph)
 
 
 def broken(x, k):

@@ -268,7 +268,7 @@ def escaping(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
 def written_between(x: Tensor, weight: Tensor) -> Tensor:
     x = x.clone()
     factor = torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + EPS)
-    x.mul_(2)
+    x.view(-1).mul_(2)  # through a view; of x itself it would be seen as 2 * x
     return weight * (x * factor)
 
 
