@@ -32,7 +32,7 @@ test: lint  ## lint, types and every test that is not slow
 test-all: lint  ## the same with the slow tests
 	$(PYTEST)
 
-bench: $(READY)  ## measure on this machine and rewrite the README's table (about 20 minutes)
+bench: $(READY)  ## measure on this machine and rewrite the README's table (about an hour)
 	@code=0; \
 	$(BIN)/python bench/step.py --json $(RESULTS)/step.json || code=1; \
 	$(BIN)/python bench/compile_time.py --json $(RESULTS)/compile_time.json || code=1; \

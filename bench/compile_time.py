@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from measure import Worker, busy_warning, describe_machine, machine_line, write_json
+from measure import Worker, begin, write_json
 from rich.console import Console
 from rich.table import Table
 
@@ -70,8 +70,7 @@ def main() -> int:
     """Measure, print, write; return 1 where the target is missed."""
     options = parse()
     console = Console()
-    machine = describe_machine()
-    console.print(machine_line(machine), busy_warning(machine), highlight=False, soft_wrap=True)
+    machine = begin(console, options.quick)
     results: dict[int, list[dict[str, Any]]] = {}
     for layers in options.layers:
         with console.status(f"{layers} layers, {options.samples} compiles"):

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from measure import alternate, busy_warning, describe_machine, machine_line, median_ratio, write_json
+from measure import alternate, begin, median_ratio, write_json
 from memory import peak_over_rest
 from rich.console import Console
 from rich.table import Table
@@ -161,8 +161,7 @@ def show(results: dict[str, dict[str, dict[str, list[float]]]], size: Size, cons
 def main() -> int:
     """Measure, print, write."""
     options, console = parse(), Console()
-    machine, size = describe_machine(), Size(options.rows, options.width, options.classes)
-    console.print(machine_line(machine), busy_warning(machine), highlight=False, soft_wrap=True)
+    machine, size = begin(console, options.quick), Size(options.rows, options.width, options.classes)
     results = {}
     for dtype in options.dtype:
         with console.status(f"{dtype}: {options.turns} turns"):

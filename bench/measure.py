@@ -8,6 +8,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib import metadata
@@ -15,9 +16,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from rich.console import Console
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results" / "cpu"
 BUSY = 0.7  # load average; a busy machine gave up to 5 times the step time of a quiet one
+PATIENCE = 120  # seconds; the load average of a machine that has just fallen idle needs one minute from 2 to 0.7
 PACKAGES = ("torch", "triton", "transformers", "numpy")
 
 
@@ -130,6 +134,24 @@ def busy_warning(machine: dict[str, Any]) -> str:
     if machine["load"] <= BUSY:
         return ""
     return f"The machine is busy (load {machine['load']:.1f}): these numbers are not to be quoted."
+
+
+def wait_until_quiet(console: Console, patience: float = PATIENCE, pause: float = 5) -> None:
+    """Wait until the load average of the last minute is low enough to measure, `patience` seconds at most; say so."""
+    until = time.monotonic() + patience
+    if (load := os.getloadavg()[0]) > BUSY:
+        console.print(f"load {load:.1f}: waiting up to {patience:.0f} s for it to fall to {BUSY}", highlight=False)
+    while os.getloadavg()[0] > BUSY and time.monotonic() < until:
+        time.sleep(pause)
+
+
+def begin(console: Console, quick: bool = False) -> dict[str, Any]:
+    """Wait for a quiet machine, unless `quick`, and return its description, of which the gist is printed."""
+    if not quick:
+        wait_until_quiet(console)
+    machine = describe_machine()
+    console.print(machine_line(machine), busy_warning(machine), highlight=False, soft_wrap=True)
+    return machine
 
 
 def write_json(path: Path, machine: dict[str, Any], result: dict[str, Any]) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import alternate, busy_warning, describe_machine, machine_line, median_ratio, write_json
+from measure import alternate, begin, median_ratio, write_json
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -125,8 +125,7 @@ def main() -> int:
     """Measure, print, write."""
     options = parse()
     console = Console()
-    machine = describe_machine()
-    console.print(machine_line(machine), busy_warning(machine), highlight=False, soft_wrap=True)
+    machine = begin(console, options.quick)
     table = Table(title="add + norm, forward + backward; ratio of the op to Inductor's own")
     for heading in ("norm", "size", "dtype", "inductor ms", "op ms", "ratio"):
         table.add_column(heading, justify="right")

@@ -21,12 +21,14 @@ def load(name: str) -> dict[str, Any]:
     return result
 
 
-def amount(numbers: list[float], digits: int, ratio: float | None) -> str:
-    """Return a median, with its ratio to Inductor where there is one."""
+def amount(numbers: list[float], digits: int, ratio: float | None, target: float | None) -> str:
+    """Return a median, with its ratio to Inductor where there is one, and the target where it is fxopt's."""
     if not numbers:
         return "-"
     text = f"{statistics.median(numbers):,.{digits}f}"
-    return text if ratio is None else f"{text} ({ratio:.2f}x)"
+    if ratio is None:
+        return text
+    return f"{text} ({ratio:.2f}x)" if target is None else f"{text} ({ratio:.2f}x, target {target:.2f}x)"
 
 
 def step_table(result: dict[str, Any]) -> list[str]:
@@ -35,8 +37,9 @@ def step_table(result: dict[str, Any]) -> list[str]:
     for measured in result["cases"].values():
         for number, (backend, samples) in enumerate(measured["samples"].items()):
             ratio = measured["ratios"].get(backend, {})
+            target = measured.get("targets", {}) if backend == "fxopt" else {}
             numbers = [
-                amount(samples[name], digits, ratio.get(name))
+                amount(samples[name], digits, ratio.get(name), target.get(name))
                 for name, digits in (("step", 0), ("memory", 0), ("compile", 1))
             ]
             lines.append(f"| {measured['about'] if number == 0 else ''} | {backend} | {' | '.join(numbers)} |")
@@ -55,12 +58,12 @@ def share_line(result: dict[str, Any]) -> str:
 def measured_text() -> str:
     """Return what stands between the markers."""
     step = load("step")
-    machine = step["machine"]
+    machine, turns = step["machine"], step["rounds"]
     warning = busy_warning(machine)
     lines = [
-        "Forward and backward of 4 layers, hidden 256, vocabulary 32,000, batch 4 x 512, SDPA attention; in brackets",
-        f"the ratio to Inductor in the same call; medians of {step['rounds']} alternating turns. `make bench` on",
-        f"{machine['date'][:10]}, on {machine_line(machine)}.",
+        "Forward and backward of 4 layers, hidden 256, vocabulary 32,000; batch 4 x 512 and SDPA attention unless the",
+        f"table says otherwise. In brackets the ratio to Inductor in the same call; medians of {turns} turns.",
+        f"`make bench` on {machine['date'][:10]}, on {machine_line(machine)}.",
         *([warning] if warning else []),
         "",
         *step_table(step),

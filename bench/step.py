@@ -4,7 +4,8 @@
     python bench/step.py --case llama-4L --quick  one case, two rounds: to see that it works, not to quote
 
 Every backend has a process of its own. The processes live at the same time and take turns, so that what else the
-machine does hits each alike; a ratio is the median over turns of the ratio within a turn.
+machine does hits each alike; a ratio is the median over turns of the ratio within a turn. On two cores a case takes
+6 to 9 minutes, and all of them 50.
 """
 
 import argparse
@@ -12,6 +13,7 @@ import statistics
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +21,7 @@ from measure import (
     Worker,
     WorkerError,
     alternate,
-    busy_warning,
-    describe_machine,
-    machine_line,
+    begin,
     median_ratio,
     write_json,
 )
@@ -29,11 +29,25 @@ from rich.console import Console
 from rich.table import Table
 
 BASE = "inductor"
-TARGETS = {"step": 1.00, "memory": 0.40, "compile": 1.00}  # of fxopt, as ratios to Inductor
-CASES = {  # built in cases.py
-    "llama-4L": "Llama, fp32",
-    "gemma-tied": "Gemma, tied embeddings, fp32",
-    "llama-bf16-params": "Llama, bf16 parameters",
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What fxopt must reach, as ratios to Inductor."""
+
+    step: float
+    memory: float
+    compile: float
+
+
+CASES = {  # built in cases.py: what it is, and its targets
+    "llama-4L": ("Llama, fp32", Targets(1.00, 0.38, 1.00)),
+    "gemma-tied": ("Gemma, tied embeddings, fp32", Targets(1.00, 0.40, 1.00)),
+    "llama-bf16-params": ("Llama, bf16 parameters", Targets(1.00, 0.40, 1.00)),
+    "llama-eager-2048": ("Llama, fp32, eager attention, 1 x 2048", Targets(0.75, 0.25, 1.10)),
+    "llama-padded": ("Llama, fp32, padding mask", Targets(1.00, 0.40, 1.10)),
+    "llama-packed": ("Llama, fp32, 8 packed documents, 1 x 4096", Targets(0.80, 0.40, 1.10)),
+    "mistral-window": ("Mistral, fp32, sliding window of 256, 1 x 4096", Targets(0.80, 0.40, 1.10)),
 }
 UNITS = {"step": "step ms", "memory": "peak MiB", "compile": "compile s"}
 Samples = dict[str, dict[str, list[float]]]  # backend -> measure -> one number a turn
@@ -45,7 +59,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=about[0], epilog=about[-1])
     parser.add_argument("--case", action="append", choices=CASES, help="a case, repeatable (default: all)")
     parser.add_argument("--backends", default="eager,inductor,fxopt", help="comma-separated (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=7, help="turns a backend gets (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, help="turns a backend gets (default: %(default)s)")
     parser.add_argument("--compiles", type=int, default=3, help="fresh compiles a backend (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="two turns, one compile: a check of the script")
     parser.add_argument("--json", type=Path, help="also write the raw numbers to this file")
@@ -93,7 +107,15 @@ def measure_case(case: str, options: argparse.Namespace, console: Console) -> di
         report = workers["fxopt"].ask("report") if "fxopt" in workers else {}
     with console.status(f"{case}: {options.compiles - 1} more compiles a backend"):
         compile_again(case, options.backends, samples, options.compiles - 1)
-    return {"about": CASES[case], "samples": samples, "ratios": ratios(samples), "checks": checks, "report": report}
+    about, targets = CASES[case]
+    return {
+        "about": about,
+        "targets": asdict(targets),
+        "samples": samples,
+        "ratios": ratios(samples),
+        "checks": checks,
+        "report": report,
+    }
 
 
 def measure_all(options: argparse.Namespace, console: Console) -> tuple[dict[str, dict[str, Any]], list[str]]:
@@ -120,10 +142,11 @@ def ratios(samples: Samples) -> dict[str, dict[str, float]]:
 
 def problems(case: str, result: dict[str, Any]) -> list[str]:
     """Return what is wrong with fxopt's numbers, a sentence each: targets missed, another loss or gradient."""
+    targets = asdict(CASES[case][1])
     found = [
-        f"{case}: {name} is {ratio:.2f}x Inductor's, target {TARGETS[name]:.2f}x"
+        f"{case}: {name} is {ratio:.2f}x Inductor's, target {targets[name]:.2f}x"
         for name, ratio in result["ratios"].get("fxopt", {}).items()
-        if ratio > TARGETS[name]
+        if ratio > targets[name]
     ]
     if "fxopt" in result["checks"] and not result["report"].get("rewrites"):
         found.append(f"{case}: fxopt rewrote nothing, so these numbers are Inductor's")
@@ -140,11 +163,11 @@ def problems(case: str, result: dict[str, Any]) -> list[str]:
 
 def show(results: dict[str, dict[str, Any]], console: Console) -> None:
     """Print one table: a line for every case and backend, medians with their ratio to Inductor."""
-    table = Table(title="forward + backward; x = ratio to Inductor in the same call")
+    table = Table(title="forward + backward; x = ratio to Inductor in the same call (≤ target)")
     table.add_column("case", no_wrap=True)
     table.add_column("backend")
-    for name, unit in UNITS.items():
-        table.add_column(f"{unit}\n(≤ {TARGETS[name]:.2f}x)", justify="right")
+    for unit in UNITS.values():
+        table.add_column(unit, justify="right")
     for case, result in results.items():
         for number, (backend, measures) in enumerate(result["samples"].items()):
             cells = [cell(result, backend, name) for name in measures]
@@ -164,23 +187,23 @@ def cell(result: dict[str, Any], backend: str, name: str) -> str:
         return text
     if backend != "fxopt":
         return f"{text}  {ratio:.2f}x"
-    colour, word = ("green", "pass") if ratio <= TARGETS[name] else ("red", "FAIL")
-    return f"{text}  [{colour}]{ratio:.2f}x {word}[/]"
+    target = result["targets"][name]
+    colour, word = ("green", "pass") if ratio <= target else ("red", "FAIL")
+    return f"{text}  [{colour}]{ratio:.2f}x (≤ {target:.2f}) {word}[/]"
 
 
 def main() -> int:
     """Measure, print, write; return 1 where a target is missed."""
     options = parse()
     console = Console()
-    machine = describe_machine()
-    console.print(machine_line(machine), busy_warning(machine), highlight=False, soft_wrap=True)
+    machine = begin(console, options.quick)
     results, wrong = measure_all(options, console)
     show(results, console)
     for case, result in results.items():
         if verdict := result["report"].get("verdict"):
             console.print(f"{case}: {verdict}", highlight=False, soft_wrap=True)
     if options.json:
-        write_json(options.json, machine, {"rounds": options.rounds, "targets": TARGETS, "cases": results})
+        write_json(options.json, machine, {"rounds": options.rounds, "cases": results})
     wrong += [sentence for case, result in results.items() for sentence in problems(case, result)]
     for sentence in wrong:
         console.print(sentence, style="red", highlight=False, soft_wrap=True)

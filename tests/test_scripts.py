@@ -1,5 +1,6 @@
 """The benchmark's and the demo's own parts: a wrong measurement must not look like a result."""
 
+import io
 import json
 import math
 import subprocess
@@ -7,11 +8,14 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+import cases
 import measure
 import memory
 import pytest
 import readme
 import step
+import torch
+from rich.console import Console
 
 ROOT = Path(__file__).resolve().parent.parent
 MIB = 2**20
@@ -69,6 +73,51 @@ def result(step_ratio: float, loss: float, rewrites: tuple[str, ...] = ("loss",)
 )
 def test_missed_targets_and_other_results_are_problems(measured: dict[str, object], expected: list[str]) -> None:
     assert step.problems("llama-4L", measured) == expected
+
+
+def test_every_case_has_its_own_targets() -> None:
+    assert list(step.CASES) == list(cases.CASES)
+    measured = result(0.79, 10.0)
+    assert step.problems("llama-packed", measured) == []
+    assert step.problems("llama-eager-2048", measured) == [
+        "llama-eager-2048: step is 0.79x Inductor's, target 0.75x",
+        "llama-eager-2048: memory is 0.30x Inductor's, target 0.25x",
+    ]
+
+
+def test_cases_are_what_they_are_called() -> None:
+    padded, packed = (cases.find(name).inputs() for name in ("llama-padded", "llama-packed"))
+    assert padded["input_ids"].shape == (4, 512)
+    assert len(set(padded["attention_mask"].sum(1).tolist())) == 4, "lengths differ"
+    assert torch.equal(padded["labels"] == -100, padded["attention_mask"] == 0)
+    assert bool((padded["attention_mask"].diff(dim=1) <= 0).all()), "padded on the right"
+    assert packed["input_ids"].shape == packed["position_ids"].shape == (1, 4096)
+    assert int((packed["position_ids"] == 0).sum()) == 8
+    assert cases.find("mistral-window").build().config.sliding_window == 256
+    assert cases.find("llama-eager-2048").build().config._attn_implementation == "eager"
+    assert all(case.build().config.num_hidden_layers == 4 for case in cases.CASES.values())
+
+
+def test_a_busy_machine_is_given_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    loads = iter([3.0, 3.0, 2.0, 0.5])
+    monkeypatch.setattr(measure.os, "getloadavg", lambda: (next(loads), 0, 0))
+    said = Console(record=True, file=io.StringIO())
+    measure.wait_until_quiet(said, pause=0)
+    assert "load 3.0: waiting up to 120 s" in said.export_text()
+    assert next(loads, None) is None, "it looked until the load had fallen"
+    monkeypatch.setattr(measure.os, "getloadavg", lambda: (9.0, 0, 0))
+    measure.wait_until_quiet(said, patience=0)
+
+
+def test_readme_shows_targets_of_fxopt_only() -> None:
+    measured = {**result(1.2, 10.0), "about": "a model", "targets": {"step": 1.0, "memory": 0.4, "compile": 1.1}}
+    measured["samples"] = {
+        backend: {"step": [100.0], "memory": [30.0], "compile": [9.0]} for backend in ("inductor", "fxopt")
+    }
+    assert readme.step_table({"cases": {"one": measured}})[2:] == [
+        "| a model | inductor | 100 | 30 | 9.0 |",
+        "|  | fxopt | 100 (1.20x, target 1.00x) | 30 (0.30x, target 0.40x) | 9.0 (0.90x, target 1.10x) |",
+    ]
 
 
 def test_readme_text_is_replaced_between_the_markers_only() -> None:
