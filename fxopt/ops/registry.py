@@ -29,7 +29,12 @@ class OpMemory:
 
 Formula = Callable[..., OpMemory]
 
-_MODULES = ("fxopt.ops.loss_operator", "fxopt.ops.norm_operator")
+_MODULES = (
+    "fxopt.ops.attention_operator",
+    "fxopt.ops.key_intervals",
+    "fxopt.ops.loss_operator",
+    "fxopt.ops.norm_operator",
+)
 """Modules with a ``MEMORY: dict[OpOverload, Formula]``; imported at the first look-up, since they import this one."""
 
 
