@@ -17,7 +17,7 @@ from torch import fx
 
 from fxopt import compat
 from fxopt.compat import pytree
-from fxopt.fake import TRANSFORMED, propagate, value_of
+from fxopt.fake import TRANSFORMED, ambient_state, autocast_state, propagate, value_of
 from fxopt.simplify import simplify
 
 _ATTRIBUTES = ("get_attr", "call_module")
@@ -75,13 +75,16 @@ class _Lowering:
         self.gm, self.result, self.memo = gm, result, memo
         self.graph = fx.Graph()
         self.depth = 0
+        self.autocasts: dict[fx.Node, Any] = {}
         self.env: dict[fx.Node, Any] = {}
         self.attributes: dict[str, Any] = {}
 
     def run(self) -> fx.GraphModule:
-        for node in self.gm.graph.nodes:
-            self.result.nodes += 1
-            self.env[node] = self.lower(node)
+        with ambient_state():
+            for node in self.gm.graph.nodes:
+                self.result.nodes += 1
+                self.env[node] = self.lower(node)
+                self.switch_autocast(node)
         kept = {
             str(node.target): operator.attrgetter(str(node.target))(self.gm)
             for node in self.gm.graph.nodes
@@ -93,6 +96,14 @@ class _Lowering:
         simplify(module)
         module.recompile()
         return module
+
+    def switch_autocast(self, node: fx.Node) -> None:
+        """Enter or leave autocast with the graph: under it ``bf16 @ fp32`` is legal, and tracing records it uncast."""
+        target: Any = node.target
+        if target is compat.ENTER_AUTOCAST:
+            self.autocasts[node] = target(*node.args)
+        elif target is compat.EXIT_AUTOCAST:
+            target(self.autocasts.pop(node.all_input_nodes[0]))
 
     def lower(self, node: fx.Node) -> Any:
         if node.op == "output":
@@ -156,7 +167,8 @@ class _Lowering:
     def traced(self, node: fx.Node, inputs: list[fx.Node], values: list[Any]) -> fx.GraphModule:
         position = {argument: index for index, argument in enumerate(inputs)}
         written = repr(fx.node.map_arg((node.args, node.kwargs), lambda argument: _Hole(position[argument])))
-        key = (node.op, str(node.target), written, torch.is_grad_enabled(), *map(_signature, values))
+        state = (torch.is_grad_enabled(), str(autocast_state()))
+        key = (node.op, str(node.target), written, state, *map(_signature, values))
         if key not in self.memo:
             self.memo[key] = compat.trace_atens(_call(node, position), values)
             self.result.traced += 1

@@ -11,6 +11,8 @@ from torch import fx
 
 from fxopt import compat
 
+_AUTOCASTING = ("cpu", "cuda", "xpu", "mps")
+
 TRANSFORMED = "inside a functorch transform"
 """What ``meta["kept"]`` says of nodes that may not be run alone: doing so would leave a vmap level open."""
 
@@ -45,6 +47,11 @@ def ambient_state() -> Iterator[None]:
             yield
     finally:
         torch.set_grad_enabled(grad)
+
+
+def autocast_state() -> dict[str, torch.dtype]:
+    """Devices for which autocast is on, and the dtype it casts to."""
+    return {name: torch.get_autocast_dtype(name) for name in _AUTOCASTING if torch.is_autocast_enabled(name)}
 
 
 def propagate(gm: fx.GraphModule) -> None:
@@ -82,6 +89,4 @@ class _Propagator(fx.Interpreter):
 
 
 def _autocast_dtype(value: Any) -> torch.dtype | None:
-    device = value.device.type if isinstance(value, torch.Tensor) else "cpu"
-    known = device in ("cpu", "cuda", "xpu", "mps")
-    return torch.get_autocast_dtype(device) if known and torch.is_autocast_enabled(device) else None
+    return autocast_state().get(value.device.type if isinstance(value, torch.Tensor) else "cpu")

@@ -15,14 +15,29 @@ from torch import fx
 
 from fxopt import compat, verify
 from fxopt.fake import ambient_state, arguments, propagate, value_of
+from fxopt.legality import illegal, place_of
 from fxopt.match import find_pattern
 from fxopt.rule import Cost, NoSite, Pattern, Place, Refusal, Region, Rewrite, Rule, Site
-from fxopt.simplify import is_random, mutated_arguments, storage_of
+from fxopt.score.reader import OUTSIDE
+from fxopt.sharing import share
 
-__all__ = ["Outcome", "apply_rule", "candidates", "copy_module", "submodules"]
+__all__ = ["Outcome", "apply_rule", "candidates", "copy_module", "illegal", "submodules"]
 
 _BODIES = (compat.tag_activation_checkpoint,)
 """Higher-order operators whose bodies are ordinary training code; AOTAutograd retraces them."""
+
+
+@dataclasses.dataclass
+class _Change:
+    """What a rule did to one graph: its rewrites, and the random nodes that it replaced by draws of its own."""
+
+    rewrites: list[Rewrite] = dataclasses.field(default_factory=list)
+    redrawn: set[fx.Node] = dataclasses.field(default_factory=set)
+
+    @property
+    def made(self) -> set[str]:
+        """The names of the nodes it put there."""
+        return {name for item in self.rewrites for name in item.made}
 
 
 @dataclasses.dataclass
@@ -44,17 +59,31 @@ def apply_rule(rule: Rule, gm: fx.GraphModule, *, force: bool = False, may_defer
     Raises whatever the rule raises and `verify.VerificationError`; `gm` is untouched either way.
     """
     outcome = Outcome(copy_module(gm))
-    for module in submodules(outcome.module):
-        # A body's outputs are not the caller's: nothing in it can be deferred.
-        _apply_in(rule, module, outcome, force, may_defer and module is outcome.module)
-    if not outcome.rewrites:
+    modules = list(submodules(outcome.module))
+    # A body's outputs are not the caller's: nothing in it can be deferred.
+    changes = [_apply_in(rule, one, outcome, force, may_defer and one is outcome.module) for one in modules]
+    if not any(change.rewrites for change in changes):
         return dataclasses.replace(outcome, module=gm)
-    for module in submodules(outcome.module):
-        module.graph.eliminate_dead_code(_matters)
-        module.recompile()
-        propagate(module)
-    verify.same_interface(gm, outcome.module)
+    for module, change in zip(modules, changes, strict=True):
+        _clean(module, change, rule.name)
+        outcome.rewrites += change.rewrites
+    for before, after, change in zip(submodules(gm), modules, changes, strict=True):
+        verify.same_interface(before, after, {node.name for node in change.redrawn}, change.made)
     return outcome
+
+
+def _clean(gm: fx.GraphModule, change: _Change, rule: str) -> None:
+    """Drop what the rewrites left without readers, compute equal nodes that they made once, and give fresh values."""
+    gm.graph.eliminate_dead_code(lambda node: node not in change.redrawn and not verify.is_removable(node))
+    propagate(gm)
+    shared = share(gm, rule) if change.rewrites else {}
+    if shared:
+        propagate(gm)
+    change.rewrites = [
+        dataclasses.replace(item, made=tuple(dict.fromkeys(shared.get(name, name) for name in item.made)))
+        for item in change.rewrites
+    ]
+    gm.recompile()
 
 
 def copy_module(gm: fx.GraphModule) -> fx.GraphModule:
@@ -78,15 +107,23 @@ def submodules(gm: fx.GraphModule) -> Iterator[fx.GraphModule]:
         if node.op == "call_function" and node.target in _BODIES:
             body = getattr(gm, str(node.args[0].target), None)
             if isinstance(body, fx.GraphModule):
+                _note_arguments(body, node)
                 yield from submodules(body)
     yield gm
 
 
-def _matters(node: fx.Node) -> bool:
-    return node.is_impure() or not verify.is_removable(node)
+def _note_arguments(body: fx.GraphModule, call: fx.Node) -> None:
+    """Note in the placeholders of `body` what `call` passes, for rules that look outside; nothing if calls differ."""
+    for placeholder, argument in zip(body.graph.find_nodes(op="placeholder"), call.args[1:], strict=False):
+        known = placeholder.meta.setdefault(OUTSIDE, argument)
+        if known is not argument and getattr(known, "graph", None) is call.graph:
+            placeholder.meta[OUTSIDE] = None
+        elif known is not argument:
+            placeholder.meta[OUTSIDE] = argument  # noted for the graph that this one is a copy of
 
 
-def _apply_in(rule: Rule, gm: fx.GraphModule, outcome: Outcome, force: bool, may_defer: bool) -> None:
+def _apply_in(rule: Rule, gm: fx.GraphModule, outcome: Outcome, force: bool, may_defer: bool) -> _Change:
+    change = _Change()
     order = {node: index for index, node in enumerate(gm.graph.nodes)}
     gone: set[fx.Node] = set()
     moved: dict[fx.Node, fx.Node] = {}
@@ -110,7 +147,9 @@ def _apply_in(rule: Rule, gm: fx.GraphModule, outcome: Outcome, force: bool, may
         made = replace(found, rule.replacement, gm.graph, order, moved)
         gone.update(found.nodes)
         outcome.deferrable += [node.name for node in found.deferrable]
-        outcome.rewrites.append(Rewrite(rule.name, found.anchor.name, place, len(found.nodes), found.detail, made))
+        change.redrawn.update(found.draws)
+        change.rewrites.append(Rewrite(rule.name, found.anchor.name, place, len(found.nodes), found.detail, made))
+    return change
 
 
 def candidates(rule: Rule, gm: fx.GraphModule) -> Iterator[Site | Refusal]:
@@ -136,48 +175,6 @@ def _grown(rule: Region, gm: fx.GraphModule) -> Iterator[Site | Refusal]:
                 yield Refusal(rule.name, node.name, Place.of(node), (str(no),), no.agreed)
 
 
-def illegal(site: Site, order: dict[fx.Node, int], may_defer: bool) -> Iterator[str]:
-    """The reasons, common to all rules, why `site` may not be rewritten as one computation.
-
-    order: the position of every node in the graph.
-    """
-    yield from _escapes(site, may_defer)
-    for node in site.nodes:
-        if is_random(node):
-            yield f"{node.name} ({node.target}) draws random numbers"
-    first_output = min(order[node] for node in site.outputs)
-    for item in site.input_nodes:
-        if order[item] > first_output:
-            yield f"input {item.name} is computed after {site.anchor.name}, where the replacement must stand"
-    yield from _disturbances(site, order)
-
-
-def _escapes(site: Site, may_defer: bool) -> Iterator[str]:
-    inside = set(site.nodes)
-    for node in site.nodes:
-        if node in site.outputs:
-            continue
-        for user in node.users:
-            if user in inside or (may_defer and node in site.deferrable and user.op == "output"):
-                continue
-            way_out = (
-                '; options={"logits": "deferred"} would compute it only when read' if node in site.deferrable else ""
-            )
-            reader = "a graph output" if user.op == "output" else f"used by {user.name} ({Place.of(user)})"
-            yield f"{node.name} ({node.target}) is also {reader}{way_out}"
-
-
-def _disturbances(site: Site, order: dict[fx.Node, int]) -> Iterator[str]:
-    """What between the first and the last node of `site` makes moving its computation unsafe."""
-    memory = {storage_of(value_of(node)) for node in (*site.input_nodes, *site.nodes)} - {None}
-    positions = [order[node] for node in site.nodes]
-    for node in list(order)[min(positions) : max(positions) + 1]:
-        if node.target in compat.STATE_SWITCHES:
-            yield f"{node.name} switches grad mode or autocast inside the region"
-        if any(storage_of(value_of(written)) in memory for written in mutated_arguments(node)):
-            yield f"{node.name} ({node.target}) writes in place to memory of the region"
-
-
 def replace(
     site: Site,
     replacement: Callable[..., Any],
@@ -188,7 +185,7 @@ def replace(
     """Put `replacement`, traced on the site's fake values, in the place of the site. Returns the new nodes' names."""
     names = [name for name, item in site.inputs.items() if isinstance(item, fx.Node)]
     constants = {name: item for name, item in site.inputs.items() if name not in names}
-    anchor = min(site.outputs, key=order.__getitem__)
+    anchor = place_of(site, order)
 
     def traced(*values: Any) -> Any:
         out = replacement(**dict(zip(names, values, strict=True)), **constants)

@@ -3,7 +3,7 @@
 if __name__ != "fxopt.passes":
     raise ImportError(f"import this package as fxopt.passes, not {__name__}")
 
-from fxopt.passes import linear_cross_entropy, norm
+from fxopt.passes import attention, linear_cross_entropy, norm
 from fxopt.rule import Rule
 
-RULES: tuple[Rule, ...] = (linear_cross_entropy.RULE, norm.RULE)
+RULES: tuple[Rule, ...] = (linear_cross_entropy.RULE, attention.RULE, norm.RULE)

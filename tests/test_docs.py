@@ -1,0 +1,56 @@
+"""Tables in docs/ that are made from the code: FXOPT_WRITE_DOCS=1 rewrites them."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from torch import Tensor
+
+from fxopt.capture import trace
+from fxopt.draw import SeededDraw
+from fxopt.passes.attention import RULE
+from fxopt.rewrite import apply_rule
+
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+
+
+class Largest(SeededDraw):
+    """Sizes at their largest, so that no window is wider than the sequence."""
+
+    def size(self, low: int, high: int) -> int:
+        return high
+
+
+def rows_of_attention() -> Iterator[str]:
+    yield "| spelling | in the style of | mask | program | lowering |"
+    yield "|---|---|---|---|---|"
+    for spelling in RULE.spellings:
+        mask, program, lowering = found_in(spelling)
+        about = " ".join((spelling.__doc__ or "").split()).rstrip(".")
+        yield f"| `{spelling.__name__}` | {about} | `{mask}` | {program} | {lowering} |"
+
+
+def found_in(spelling: Callable[..., Tensor]) -> tuple[str, str, str]:
+    """Mask, program and lowering, as the report has them."""
+    values = RULE.inputs(Largest(3))
+    outcome = apply_rule(RULE, trace(spelling, {name: values[name] for name in inspect.signature(spelling).parameters}))
+    (done,) = outcome.rewrites
+    what, lowering = done.detail.split(": ", 1)[1].split("; ", 1)
+    mask, *program = what.split(", ", 1)
+    return mask, f"`{program[0].removeprefix('score ')}`" if program else "", lowering
+
+
+def test_table_of_spellings_is_what_the_rule_finds() -> None:
+    path = DOCS / "attention.md"
+    begin, end = "<!-- spellings:begin -->\n", "<!-- spellings:end -->"
+    text = path.read_text()
+    before, rest = text.split(begin)
+    written, after = rest.split(end)
+    table = "\n".join(rows_of_attention()) + "\n"
+    if os.environ.get("FXOPT_WRITE_DOCS"):
+        path.write_text(before + begin + table + end + after)
+    else:
+        assert written == table, "docs/attention.md is out of date: run this test with FXOPT_WRITE_DOCS=1"
