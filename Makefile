@@ -32,10 +32,12 @@ test: lint  ## lint, types and every test that is not slow
 test-all: lint  ## the same with the slow tests
 	$(PYTEST)
 
-bench: $(READY)  ## measure on this machine and rewrite the README's table (about an hour)
+bench: $(READY)  ## measure on this machine and rewrite the README's table (about 75 minutes)
 	@code=0; \
 	$(BIN)/python bench/step.py --json $(RESULTS)/step.json || code=1; \
 	$(BIN)/python bench/compile_time.py --json $(RESULTS)/compile_time.json || code=1; \
+	$(BIN)/python bench/linear_cross_entropy.py --json $(RESULTS)/linear_cross_entropy.json || code=1; \
+	$(BIN)/python bench/norm.py --json $(RESULTS)/norm.json || code=1; \
 	$(BIN)/python bench/readme.py && exit $$code
 
 lint: $(READY)  ## ruff and mypy

@@ -6,7 +6,8 @@ rounding alone, some 1e-16 a step, so that a wrong formula stands out by ten ord
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -31,22 +32,34 @@ def same_function(before: fx.GraphModule, after: fx.GraphModule, inputs: Sequenc
         one = _run(before, inputs)
     with torch.random.fork_rng(devices=[]):
         other = _run(after, inputs)
+    typical = typical_entry({name: value for name, value in one.items() if "gradient" in name})
     for name in one:
-        error = relative_error(other[name], one[name])
+        error = relative_error(other[name], one[name], typical if "gradient" in name else 0.0)
         if not error <= TOLERANCE:
             raise VerificationError(f"in fp64 {name} differs by {error:.1e} (relative), more than {TOLERANCE:.0e}")
 
 
-def relative_error(value: torch.Tensor | None, reference: torch.Tensor | None) -> float:
-    """``|value - reference| / |reference|`` (2-norms); 0 where both are None or NaN alike, inf where only one is."""
+def relative_error(value: torch.Tensor | None, reference: torch.Tensor | None, typical: float = 0.0) -> float:
+    """``|value - reference| / (|reference| + |a tensor of `typical` entries|)``, norms being 2-norms.
+
+    0 where both are None or NaN alike, inf where only one is; where the divisor is 0, the difference itself. `typical`
+    is for gradients that cancellation has left next to nothing of, such as those of a saturated softmax by queries.
+    """
     if value is None or reference is None:
         return 0.0 if value is reference else float("inf")
     if not torch.equal(value.isnan(), reference.isnan()) or not torch.equal(value.isinf(), reference.isinf()):
         return float("inf")
     finite = reference.isfinite()
     value, reference = value[finite].double(), reference[finite].double()
-    size = reference.norm()
-    return float((value - reference).norm() / size) if size > 0 else float((value - reference).norm())
+    size = float(reference.norm()) + typical * math.sqrt(reference.numel())
+    return float((value - reference).norm()) / (size or 1.0)
+
+
+def typical_entry(gradients: Mapping[str, torch.Tensor | None]) -> float:
+    """Root mean square of all finite entries of `gradients`."""
+    present = [g[g.isfinite()] for g in gradients.values() if g is not None]
+    count = sum(g.numel() for g in present)
+    return math.sqrt(sum(float(g.square().sum()) for g in present) / count) if count else 0.0
 
 
 def _run(gm: fx.GraphModule, inputs: Sequence[Any]) -> dict[str, torch.Tensor | None]:

@@ -23,7 +23,7 @@ VOCAB, BATCH, SEQ = 203, 2, 27
 IGNORED = -100
 Inputs = dict[str, Any]
 Task = Literal["causal", "masked", "seq2seq", "image"]
-Mask = Literal["none", "right", "left"]
+Mask = Literal["none", "right", "left", "packed"]
 
 _AUTO = {
     "causal": transformers.AutoModelForCausalLM,
@@ -54,7 +54,7 @@ class Family:
 
     `attention` lists the implementations it supports, `padded` whether a 2-D `attention_mask` means anything to it,
     and `rewritten` whether its loss is a linear followed by a cross entropy over a vocabulary (which must be
-    rewritten) or something else (which may be refused, with a reason).
+    rewritten) or something else (which may be refused, with a reason). `attentions` is how often it attends.
     """
 
     name: str
@@ -63,6 +63,7 @@ class Family:
     attention: tuple[str, ...] = ("sdpa", "eager")
     padded: bool = True
     rewritten: bool = True
+    attentions: int = 2
 
 
 FAMILIES: dict[str, Family] = {
@@ -87,7 +88,7 @@ FAMILIES: dict[str, Family] = {
             "t5",
             {"vocab_size": VOCAB, "d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 2, "num_heads": 4,
              "decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 2},
-            task="seq2seq", attention=("eager",),
+            task="seq2seq", attention=("eager",), attentions=6,
         ),
         Family(
             "vit",
@@ -158,10 +159,21 @@ def padding(batch: int, seq: int, side: Mask) -> torch.Tensor:
     return ((positions >= seq - kept) if side == "left" else (positions < kept)).long()
 
 
+def packed(batch: int, seq: int) -> torch.Tensor:
+    """Positions int64 [batch, seq] of three documents a row, of other lengths in each row."""
+    rows = []
+    for row in range(batch):
+        first, second = 5 + row, seq // 2 + 2 * row
+        rows.append(torch.cat([torch.arange(n) for n in (first, second - first, seq - second)]))
+    return torch.stack(rows)
+
+
 def _causal(model: PreTrainedModel, mask: Mask, batch: int, seq: int) -> Inputs:
     ids = tokens(batch, seq)
     if mask == "none":
         return {"input_ids": ids, "labels": ids.clone()}
+    if mask == "packed":
+        return {"input_ids": ids, "labels": ids.clone(), "position_ids": packed(batch, seq)}
     kept = padding(batch, seq, mask)
     return {"input_ids": ids * kept, "attention_mask": kept, "labels": ids.masked_fill(kept == 0, IGNORED)}
 

@@ -22,12 +22,20 @@ CASES = [
     for attention in family.attention
     for mask in (("none", "right", "left") if family.padded else ("none",))
 ]
+PACKED = [
+    (family, attention, "packed")
+    for attention, families in (("sdpa", "llama mistral qwen3 mixtral"), ("eager", "llama gemma2 gpt_oss"))
+    for family in families.split()
+]
+CASES += PACKED
 # One case a family, and beside it what differs in kind: eager attention, and padding on either side.
 FAST = {
     *((family.name, family.attention[0], "none") for family in FAMILIES.values()),
     ("llama", "eager", "right"),
     ("qwen3", "sdpa", "left"),
     ("bert", "sdpa", "right"),
+    ("llama", "sdpa", "packed"),
+    ("mistral", "sdpa", "packed"),
 }
 # Rounding to bf16 flips the choice of experts, and then eager itself is nowhere near fp64.
 ROUTED = {"mixtral", "gpt_oss"}
@@ -51,6 +59,7 @@ def test_step_is_as_accurate_as_eager(family: str, attention: str, mask: models.
     comparison = assert_close_to_fp64(model, inputs, backend=BACKEND, outputs=("logits",))
     assert_says_something(comparison)
     assert_loss_accounted_for(family)
+    assert_attention_accounted_for(family, attention, mask)
 
 
 def test_gpt2_is_rewritten_once_its_loss_is_named() -> None:
@@ -112,6 +121,21 @@ def assert_says_something(comparison: Comparison) -> None:
     """
     assert comparison["loss"].eager < 1e-6
     assert max(error.eager for error in comparison.errors if error.norm > 1e-8) < 2e-5, str(comparison)
+
+
+def assert_attention_accounted_for(family: str, attention: str, mask: models.Mask) -> None:
+    """Every attention was rewritten, or left to torch because it has no mask."""
+    if BACKEND != "fxopt":
+        return
+    reports = fxopt.reports()
+    done = [item for report in reports for item in report.rewrites if item.rule == "attention"]
+    left = [item for report in reports for item in report.refusals if item.rule == "attention"]
+    assert len(done) + len(left) == FAMILIES[family].attentions, [str(report) for report in reports]
+    assert all("no mask tensor" in reason for item in left for reason in item.reasons), left
+    expected = {"none": "", "right": "padding", "left": "padding", "packed": "documents"}[mask]
+    if FAMILIES[family].task == "causal":
+        assert done
+        assert all(expected in item.detail for item in done), [item.detail for item in done]
 
 
 def assert_loss_accounted_for(family: str) -> None:

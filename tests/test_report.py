@@ -21,7 +21,7 @@ def test_explain_shows_every_site_with_file_and_line():
     text = str(report)
     assert text.splitlines()[0] == report.verdict
     assert report.verdict.startswith(
-        "fxopt: 1 graph, rewrote 1 linear_cross_entropy; left alone 5 norm; 1 output deferred"
+        "fxopt: 1 graph, rewrote 1 linear_cross_entropy, 2 attention; left alone 5 norm; 1 output deferred"
     )
     assert "loss_utils.py:" in text
     assert "modeling_llama.py:" in text

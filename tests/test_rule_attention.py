@@ -169,6 +169,26 @@ def test_checkpointed_body_sees_the_mask_outside() -> None:
     assert [item.detail.split(": ")[1].split(";")[0] for item in outcome.rewrites] == ["causal"]
 
 
+def test_a_slice_of_an_operand_is_not_the_operand() -> None:
+    def sliced(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return weighed(q[:, :, :4] @ k[:, :, :5].mT, v[:, :, :5])
+
+    outcome = rewritten(sliced, *inputs())
+    assert len(outcome.rewrites) == 1, outcome.refusals
+    agrees(sliced, outcome, *inputs())
+
+
+def test_a_piece_of_a_fused_projection() -> None:
+    def fused(x: Tensor) -> Tensor:
+        q, k, v = x.chunk(3, dim=-1)
+        return weighed(q @ k.mT, v)
+
+    x = torch.randn(2, 4, 6, 24, requires_grad=True)
+    outcome = rewritten(fused, x)
+    assert len(outcome.rewrites) == 1, outcome.refusals
+    agrees(fused, outcome, x)
+
+
 # --- rows that nothing may be attended from ----------------------------------------------------------------------
 
 EMPTY: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {

@@ -52,6 +52,7 @@ def attention(
             keys a row has, and in which rows the predicate is asked.
         captures: tensors that program and predicate load, by slot.
         program: of s, b, h, q, k; returns the score that softmax sees. predicate: of b, h, q, k; returns a bool.
+            In a function that is compiled: their texts.
         scale: 1 / sqrt(D) if None.
         lower, upper: constants of the band; None: no bound.
         dropout: the share of probabilities set to 0, the others growing to make up for it; 0 <= dropout < 1.
@@ -70,15 +71,29 @@ def attention(
     """
     _check_inputs(q, k, v, sink)
     _check_intervals(intervals, q)
-    programs = {"program": _parsed(program, "float"), "predicate": _parsed(predicate, "bool")}
-    _check_captures(programs, captures)
     _check_dropout(dropout, seed, empty)
-    text = {name: "" if one is None or one.is_identity else str(one) for name, one in programs.items()}
     out, _ = FORWARD(
-        q, k, v, sink, intervals, seed, list(captures), text["program"], text["predicate"],
+        q, k, v, sink, intervals, seed, list(captures),
+        _text("program", str(program), len(captures)), _text("predicate", str(predicate), len(captures)),
         1 / math.sqrt(q.shape[-1]) if scale is None else scale, lower, upper, dropout, empty, heads_last,
     )  # fmt: skip
     return out
+
+
+@torch.compiler.assume_constant_result
+def _text(name: str, text: str, captures: int) -> str:
+    """`text`, "" if it says nothing; checked to be a program or a predicate of so many captures."""
+    program = Program.parse(text) if text else None
+    if program is None or (name == "program" and program.is_identity):
+        return ""
+    kind = "float" if name == "program" else "bool"
+    if program.result.kind != kind:
+        raise TypeError(f"the {name} returns {program.result.kind}, not {kind}")
+    if name == "predicate" and "s" in program.reads:
+        raise ValueError("the predicate reads s: a mask may depend on b, h, q and k only")
+    if program.captures > captures:
+        raise ValueError(f"the {name} loads from {program.captures} tensors, and captures are {captures}")
+    return text
 
 
 def _check_inputs(q: Tensor, k: Tensor, v: Tensor, sink: Maybe) -> None:
@@ -110,23 +125,6 @@ def _check_intervals(intervals: Maybe, q: Tensor) -> None:
         raise ValueError(f"intervals must be {[batch, queries, 3]} or {[1, queries, 3]}, not {list(intervals.shape)}")
     if intervals.dtype != torch.int64:
         raise TypeError(f"intervals must be int64, not {intervals.dtype}: make them with fxopt.ops.key_intervals")
-
-
-def _parsed(program: Program | str, kind: str) -> Program | None:
-    if program == "":
-        return None
-    parsed = Program.parse(program) if isinstance(program, str) else program
-    if parsed.result.kind != kind:
-        raise TypeError(f"the {'program' if kind == 'float' else 'predicate'} returns {parsed.result.kind}, not {kind}")
-    if kind == "bool" and "s" in parsed.reads:
-        raise ValueError("the predicate reads s: a mask may depend on b, h, q and k only")
-    return parsed
-
-
-def _check_captures(programs: dict[str, Program | None], captures: Sequence[Tensor]) -> None:
-    for name, program in programs.items():
-        if program is not None and program.captures > len(captures):
-            raise ValueError(f"the {name} loads from {program.captures} tensors, and captures are {len(captures)}")
 
 
 def _check_dropout(dropout: float, seed: Maybe, empty: str) -> None:

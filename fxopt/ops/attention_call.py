@@ -132,26 +132,31 @@ class Attention:
         """Memory for lse [B, H, Sq]."""
         return self.q.new_empty(self.batch, self.heads, self.queries, dtype=self.wide)
 
+    @property
+    def operand_dtype(self) -> torch.dtype:
+        """That of products: fp16 is multiplied as fp32 on a CPU, few of which have instructions for it."""
+        return self.wide if self.q.dtype == torch.float16 and self.q.device.type == "cpu" else self.q.dtype
+
     def narrow(self, value: Tensor) -> Tensor:
-        """`value` as an operand of products: fp16 as fp32 on a CPU, few of which have instructions for it."""
-        on_cpu = value.device.type == "cpu"
-        return value.to(self.wide if self.q.dtype == torch.float16 and on_cpu else self.q.dtype)
+        """`value` as an operand of products."""
+        return value.to(self.operand_dtype)
 
     @functools.cached_property
     def operand_k(self) -> Tensor:
         """k as an operand, contiguous: rows that lie H * D apart make products take twice the time in bf16."""
-        return self.narrow(self.k).contiguous()
-
-    @functools.cached_property
-    def scored_k(self) -> Tensor:
-        """k as an operand of scores. bf16 is widened where torch's flash attention would do, whose scores are fp32."""
-        exact = self.q.device.type == "cpu" and self.spec.affine is not None
-        return self.k.to(self.wide).contiguous() if exact else self.operand_k
+        return self.k.to(self.operand_dtype, memory_format=torch.contiguous_format)
 
     @functools.cached_property
     def operand_v(self) -> Tensor:
         """v as an operand, contiguous."""
-        return self.narrow(self.v).contiguous()
+        return self.v.to(self.operand_dtype, memory_format=torch.contiguous_format)
+
+    @functools.cached_property
+    def scored_k(self) -> Tensor:
+        """k as an operand of scores. bf16 is widened where torch's flash attention would do, whose scores are fp32."""
+        if self.operand_dtype == self.wide or self.q.device.type != "cpu" or self.spec.affine is None:
+            return self.operand_k
+        return self.k.to(self.wide, memory_format=torch.contiguous_format)
 
     def mask(self, tile: Tile, heads: slice) -> tuple[Tensor | None, int]:
         """(mask, first): what to add to the scores of keys ``tile.k[first:]``, 0 or -inf; None if all are allowed.

@@ -6,7 +6,8 @@ band, which is the most that they can.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from fxopt.ops.attention_call import Attention, length
 from fxopt.ops.attention_gradients import Wanted
 from fxopt.ops.score_tiles import block_shape
 from fxopt.ops.tiles import Tile
-from fxopt.score.program import Program
+from fxopt.score.term import Term
 
 __all__ = ["allowed_pairs", "backward_flops", "backward_workspace", "forward_flops", "forward_workspace"]
 
@@ -46,35 +47,39 @@ def allowed_pairs(queries: int, keys: int, lower: int | None, upper: int | None)
     return sum(max(min(q + most + 1, keys) - max(q + least, 0), 0) for q in range(queries))
 
 
-# --- bytes -------------------------------------------------------------------------------------------------------
+# --- bytes: upper bounds, 1.0 to 2 times what the allocator sees ---------------------------------------------------
 
 
 def forward_workspace(call: Attention) -> int:
     """Most bytes held besides inputs and results."""
-    row_values = call.batch * call.heads * call.queries * call.wide.itemsize
     if flash_tiles.can_compute(call):
-        return row_values + _kernel(call, 1) + _largest_part(call, gradients=False)
-    blocks = 1 + _narrow(call) + 2 * (call.spec.dropout > 0) + _temporaries(call.spec.score)
-    return _operands(call) + row_values + _scores(call, blocks)
+        return _row_values(call) + _kernel(call, 1) + _largest_part(call, gradients=False)
+    return _row_values(call) + _operands(call) + _largest_block(call, None)
 
 
 def backward_workspace(call: Attention, wanted: Wanted) -> int:
     """Most bytes held besides inputs, what the forward saved, and results."""
-    row_values = call.batch * call.heads * call.queries * call.wide.itemsize
     if flash_tiles.can_compute(call) and not any(wanted.captures):
-        # of another layout until the last: what the kernel is given by upstream, and what it gives
-        copies = call.q.nbytes + sum(one.nbytes for one in (call.q, call.k, call.v))
-        return copies + row_values + _kernel(call, 2) + _largest_part(call, gradients=True)
-    blocks = 2 + _narrow(call) + 2 * (call.spec.dropout > 0) + _temporaries(call.spec.score)
-    blocks += (call.spec.affine is None) + any(wanted.captures)
+        copies = call.q.nbytes + call.k.nbytes + call.v.nbytes  # of another layout, upstream or a result at a time
+        return copies + _row_values(call) + _kernel(call, 2) + _largest_part(call, gradients=True)
     sums = sum(one.numel() for one, want in ((call.k, wanted.k), (call.v, wanted.v)) if want) * call.wide.itemsize
     loads = sum(one.numel() * 8 for one, want in zip(call.captures, wanted.captures, strict=True) if want)
-    return _operands(call) + sums + loads + 2 * row_values + _scores(call, blocks)
+    return _row_values(call) + _operands(call) + sums + loads + _largest_block(call, wanted)
 
 
-def _narrow(call: Attention) -> float:
-    """Blocks of probabilities rounded to bf16 or fp16 (widened again to be multiplied on a CPU)."""
-    return 0 if call.q.dtype == call.wide else 1
+def _row_values(call: Attention) -> int:
+    """A number a row."""
+    return call.batch * call.heads * call.queries * call.wide.itemsize
+
+
+def _bounds(call: Attention) -> tuple[Tile, ...]:
+    """Tiles of the band; with intervals one of everything, which holds whatever they cut."""
+    if call.intervals is None:
+        return tuple(tile for tile in call.tiles if tile.kind != "empty")
+    return (Tile(slice(0, call.batch), slice(0, call.queries), slice(0, call.keys), "masked", False),)
+
+
+# --- by torch's kernel ---
 
 
 def _kernel(call: Attention, blocks: int) -> int:
@@ -83,49 +88,70 @@ def _kernel(call: Attention, blocks: int) -> int:
     return torch.get_num_threads() * call.wide.itemsize * rows * (blocks * keys + call.q.shape[-1] + 2)
 
 
-def _bounds(call: Attention) -> tuple[Tile, ...]:
-    """Tiles of the band; with intervals one of everything, which holds whatever they cut."""
-    if call.intervals is None:
-        return call.tiles
-    return (Tile(slice(0, call.batch), slice(0, call.queries), slice(0, call.keys), "masked", False),)
-
-
 def _largest_part(call: Attention, gradients: bool) -> int:
     """A part's mask and results, before they are written to where they belong."""
-    found = 0
+    found, width = 0, call.q.shape[-1]
     for part in flash_tiles.parts_of(call, _bounds(call)):
         rows, keys = call.heads * length(part.q), call.key_heads * length(part.k)
-        width = call.q.shape[-1]
         results = rows * (width + 1) + 2 * keys * width * gradients
-        mask = min(flash_tiles.mask_row_bytes(call, part) * length(part.q), flash_tiles.MASK_BYTES)
-        found = max(found, length(part.b) * results * call.wide.itemsize + 4 * mask)
+        mask = flash_tiles.mask_row_bytes(call, part) * length(part.q)
+        if part.kind == "causal" and length(part.q) < length(part.k):
+            mask = max(mask, length(part.q) * length(part.k) * call.wide.itemsize)
+        # the mask, what it is made of, and which of it is -inf
+        found = max(found, length(part.b) * results * call.wide.itemsize + int(2.5 * mask))
     return found
+
+
+# --- by blocks of scores ---
 
 
 def _operands(call: Attention) -> int:
     """Copies of k and v, and one more of k where scores are computed of fp32 operands."""
-    wide = call.wide.itemsize if call.q.dtype != call.wide else 0
-    return 2 * max(call.k.nbytes, call.v.nbytes) + call.k.numel() * 2 * wide + call.v.numel() * wide
+    widened = call.q.dtype != call.wide and call.spec.affine is not None
+    v = call.v.numel() * (call.wide.itemsize if call.q.dtype == torch.float16 else call.v.itemsize)
+    k = call.k.numel() * (call.wide.itemsize if call.q.dtype == torch.float16 else call.k.itemsize)
+    return k + v + widened * call.k.numel() * call.wide.itemsize
 
 
-def _scores(call: Attention, blocks: float) -> int:
-    """That many blocks of scores, the block's rows of q, out and their like, and a mask."""
+def _largest_block(call: Attention, wanted: Wanted | None) -> int:
+    """Of the tensors that a block holds at a time: forward, or backward where gradients are `wanted`."""
     found = 0
     for tile in _bounds(call):
-        if tile.kind == "empty":
-            continue
-        rows, keys = length(tile.q), length(tile.k)
-        batch, heads, step = block_shape(call, rows, keys, tile.kind == "causal")
-        width = 2 * (call.q.shape[-1] + call.v.shape[-1])
-        mask = step * keys * (1 if call.spec.condition is None else 4 * batch * heads * call.group)
-        of_heads = batch * heads * call.group * step * (blocks * keys + width)
-        found = max(found, int(of_heads + 2 * mask) * call.wide.itemsize)
+        batch, heads, rows = block_shape(call, tile)
+        sizes = {"b": batch, "h": heads * call.group, "q": rows, "k": length(tile.k)}
+        block = math.prod(sizes.values()) * call.wide.itemsize
+        bits = math.prod(sizes.values()) * 4 * (call.spec.dropout > 0)
+        narrow = block // 2 if call.q.dtype != call.wide else 0
+        operands = 2 * block // length(tile.k) * (call.q.shape[-1] + call.v.shape[-1])
+        mask = rows * length(tile.k) * (call.wide.itemsize + 2) * (tile.kind != "full")
+        if call.spec.condition is not None:
+            mask += _evaluated([call.spec.condition.result], sizes, call.wide)[0] + 2 * block
+        score = call.spec.score
+        if wanted is None or (call.spec.affine is not None and not any(wanted.captures)):
+            results = [score.result]
+        else:
+            derivative = score.derivative()
+            programs = [derivative.by_s, *derivative.by_load.values()]
+            results = [score.result, *(one.result for one in programs if one is not None)]
+        peak, kept = _evaluated(results, sizes, call.wide)
+        after = block + max(2 * bits, bits + narrow) if wanted is None else kept + bits + 2 * block + narrow
+        found = max(found, operands + max(peak + narrow, max(kept, block) + mask, after))
     return found
 
 
-def _temporaries(program: Program) -> int:
-    """Blocks that evaluating a program holds besides its result: int64 is two, and casts are copies."""
-    if program.is_identity:
-        return 0
-    by_pair = [term.kind for term in program.result.walk() if {"q", "k"} <= term.reads]
-    return 5 if "int" in by_pair else 2
+def _evaluated(results: Sequence[Term], sizes: Mapping[str, int], wide: torch.dtype) -> tuple[int, int]:
+    """(most bytes held while these terms are evaluated on a block, bytes of their values), s among them."""
+    order = list(dict.fromkeys(term for result in results for term in result.walk()))
+    last = {item: at for at, term in enumerate(order) for item in term.terms} | {one: len(order) for one in results}
+
+    def size(term: Term) -> int:
+        axes = sizes if "s" in term.reads else term.reads
+        item = {"float": wide.itemsize, "int": 8, "bool": 1}[term.kind]
+        return item * math.prod(sizes[axis] for axis in axes) if term.op != "const" else 0
+
+    held, most = 0, 0
+    for at, term in enumerate(order):
+        held += size(term)
+        most = max(most, held)
+        held -= sum(size(item) for item in {*term.terms} if last[item] == at)
+    return most, max(held, 0)

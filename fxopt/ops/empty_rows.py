@@ -17,7 +17,8 @@ from torch import Tensor
 
 from fxopt.ops.attention_call import Attention
 from fxopt.ops.attention_gradients import Gradients
-from fxopt.ops.score_tiles import blocks_of, needs_program
+from fxopt.ops.score_block import needs_program
+from fxopt.ops.score_tiles import blocks_of
 
 __all__ = ["EMPTY", "add_gradients", "fill"]
 
@@ -38,7 +39,7 @@ def fill(call: Attention, out: Tensor, lse: Tensor) -> None:
     out.copy_(torch.where(empty[..., None], mean.to(out.dtype), out))
 
 
-def add_gradients(call: Attention, upstream: Tensor, out: Tensor, lse: Tensor, gradients: Gradients) -> None:
+def add_gradients(call: Attention, upstream: Tensor, lse: Tensor, gradients: Gradients) -> None:
     """Add the part of the rows whose lse is -inf; those of "zero" have none. Rows of q's gradient are zero so far."""
     if call.spec.empty == "zero" or call.keys == 0:
         return
@@ -54,7 +55,7 @@ def add_gradients(call: Attention, upstream: Tensor, out: Tensor, lse: Tensor, g
     for block in blocks_of(_over_all_keys(call, empty)):
         weights = (block.rows(empty)[..., None].to(call.wide) / call.keys).expand(-1, -1, -1, call.keys)
         slopes = block.evaluated(passed)[1] if needs_program(call, passed) else None
-        block.add_gradients(weights, slopes, upstream, out, passed)
+        block.add_gradients(weights, slopes, upstream, passed)
 
 
 def _over_all_keys(call: Attention, empty: Tensor) -> Attention:

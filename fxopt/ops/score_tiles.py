@@ -3,26 +3,21 @@
 Scores of a block of rows, against all keys of their tile, are multiplied out, put through the program, masked, turned
 into probabilities and multiplied with v; the backward computes them again (Dao et al. 2022, arXiv:2205.14135; rows are
 whole here, so nothing is rescaled). Heads that share keys are rows of one product, so keys are never repeated.
-
-    p = softmax(s')    ds' = p * (dp - delta)    dp = dout @ v.T    delta = sum(dout * out)    ds = ds' * ds'/ds
-    dq = scale * ds @ k    dk = scale * ds.T @ q    dv = p.T @ dout
 """
 
 from __future__ import annotations
 
-import functools
-import math
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fxopt.ops.attention_call import Attention, length, part_of
 from fxopt.ops.attention_gradients import Gradients
-from fxopt.ops.dropout_bits import keep_bits, keep_only
+from fxopt.ops.score_block import Block
 from fxopt.ops.tiles import Tile
+
+__all__ = ["backward", "block_shape", "blocks_of", "forward"]
 
 BLOCK_BYTES = 2 * 2**20
 """Bytes of a block's scores: half a dozen tensors as large are alive at a time, and cores' caches hold some of them."""
@@ -30,18 +25,18 @@ LEAST_ROWS = 256
 """Rows of a folded block, at least: products of fewer are slower. The heads are split before they get fewer."""
 MOST_BYTES = 16 * 2**20
 """Bytes of a block's scores whatever its shape, down to one row of the heads that share keys."""
-LOG2_E = math.log2(math.e)
 
 
-def block_shape(call: Attention, rows: int, keys: int, causal: bool) -> tuple[int, int, int]:
+def block_shape(call: Attention, tile: Tile) -> tuple[int, int, int]:
     """(batch rows, key heads, rows) of the blocks of a tile."""
+    rows, keys = length(tile.q), length(tile.k)
     row = call.group * keys * call.wide.itemsize  # bytes of a row of scores, for the heads of one key head
-    if causal:  # so that little is computed above the diagonal
+    if tile.kind == "causal":  # so that little is computed above the diagonal
         rows = min(rows, max(keys // 4, 64))
     least = min(-(-LEAST_ROWS // call.group), rows, max(MOST_BYTES // row, 1))
     heads = min(max(BLOCK_BYTES // (row * least), 1), call.key_heads)
     fitting = BLOCK_BYTES // (row * heads)
-    return max(fitting // rows, 1), heads, min(max(fitting // 8 * 8, least), rows)
+    return min(max(fitting // rows, 1), length(tile.b)), heads, min(max(fitting // 8 * 8, least), rows)
 
 
 def forward(call: Attention) -> tuple[Tensor, Tensor]:
@@ -55,16 +50,10 @@ def forward(call: Attention) -> tuple[Tensor, Tensor]:
     return out, lse
 
 
-def backward(call: Attention, upstream: Tensor, out: Tensor, lse: Tensor, gradients: Gradients) -> None:
+def backward(call: Attention, upstream: Tensor, gradients: Gradients) -> None:
     """Add to the gradients what rows with keys have in them."""
-    lse = torch.where(lse == -torch.inf, torch.inf, lse)
     for block in blocks_of(call):
-        block.backward(upstream, out, lse, gradients)
-
-
-def needs_program(call: Attention, gradients: Gradients) -> bool:
-    """Whether the program has to be differentiated: not where s' = factor * s + bias, and nobody asks by bias."""
-    return gradients.by_captures or call.spec.affine is None
+        block.backward(upstream, gradients)
 
 
 def blocks_of(call: Attention) -> Iterator[Block]:
@@ -73,184 +62,9 @@ def blocks_of(call: Attention) -> Iterator[Block]:
         if tile.kind == "empty" or not call.heads:
             continue
         rows = length(tile.q)
-        batch, heads, step = block_shape(call, rows, length(tile.k), tile.kind == "causal")
+        batch, heads, step = block_shape(call, tile)
         for b in range(tile.b.start, tile.b.stop, batch):
             for head in range(0, call.key_heads, heads):
                 for start in range(0, rows, step):
                     part = part_of(tile, start, min(start + step, rows), slice(b, min(b + batch, tile.b.stop)))
                     yield Block(call, part, slice(head, min(head + heads, call.key_heads)))
-
-
-class Slopes(NamedTuple):
-    """Derivatives of the program on a block, by s and by what its loads read; what is missing is 0."""
-
-    by_s: Tensor | None
-    by_load: dict[int, Tensor]
-
-
-@dataclass(frozen=True)
-class Block:
-    """Rows of a tile and the heads that share key heads `shared`, computed at a time. Batches are folded:
-
-    [nb * key heads, group * nq, width] for what has a row a query, [nb * key heads, nk, width] for k and v.
-    """
-
-    call: Attention
-    tile: Tile
-    shared: slice
-
-    # --- parts of tensors ---
-
-    @functools.cached_property
-    def heads(self) -> slice:
-        """Query heads."""
-        return slice(self.shared.start * self.call.group, self.shared.stop * self.call.group)
-
-    def rows(self, tensor: Tensor) -> Tensor:
-        """The block's part of [B, H, Sq, ...], a view."""
-        return tensor[self.tile.b, self.heads, self.tile.q]
-
-    def columns(self, tensor: Tensor) -> Tensor:
-        """The block's part of a contiguous [B, Hk, Sk, width], folded; a view if it has all keys, or one batch row."""
-        return tensor[self.tile.b, self.shared, self.tile.k].flatten(0, 1)
-
-    def folded(self, rows: Tensor) -> Tensor:
-        """[nb, nh, nq, width], folded."""
-        return rows.reshape(-1, self.call.group * length(self.tile.q), rows.shape[-1])
-
-    def unfolded(self, rows: Tensor) -> Tensor:
-        """The inverse of `folded`."""
-        return rows.view(length(self.tile.b), length(self.heads), length(self.tile.q), -1)
-
-    @functools.cached_property
-    def place(self) -> tuple[slice, slice, slice, slice]:
-        """Where the block is, as programs ask."""
-        return self.tile.b, self.heads, self.tile.q, self.tile.k
-
-    @functools.cached_property
-    def bits(self) -> Tensor:
-        """Which probabilities dropout keeps."""
-        assert self.call.seed is not None
-        return keep_bits(self.call.seed, self.call.spec.dropout, *self.place)
-
-    # --- products, of operands in the inputs' dtype ---
-
-    def product(self, x: Tensor, y: Tensor, factor: float = 1.0) -> Tensor:
-        """``factor * x @ y`` of folded operands, `wide`, rounded to the operands' dtype on the way."""
-        if x.dtype == self.call.wide:
-            return torch.baddbmm(x.new_empty(()), x, y, beta=0, alpha=factor)
-        product = torch.bmm(x, y).to(self.call.wide)
-        return product if factor == 1.0 else product.mul_(factor)
-
-    def add_product(self, total: Tensor, x: Tensor, y: Tensor, factor: float = 1.0) -> None:
-        """``total[keys] += factor * x.T @ y`` for total [B, Hk, Sk, width] of dtype `wide`."""
-        part, columns = total[self.tile.b, self.shared, self.tile.k], self.columns(total)
-        if x.dtype == total.dtype and part.shape[0] == 1:
-            columns.baddbmm_(x.mT, y, alpha=factor)
-        else:
-            part.add_(torch.bmm(x.mT, y).view(part.shape), alpha=factor)
-
-    # --- the steps ---
-
-    def product_of_scores(self, factor: float) -> Tensor:
-        """``factor * q @ k.T`` [nb, nh, nq, nk]."""
-        k = self.columns(self.call.scored_k)
-        q = self.folded(self.rows(self.call.q)).to(k.dtype)
-        return self.unfolded(self.product(q, k.mT, factor))
-
-    def scores(self) -> Tensor:
-        """s' [nb, nh, nq, nk], nobody else's memory."""
-        call, spec = self.call, self.call.spec
-        if spec.affine is None:
-            s = self.product_of_scores(spec.scale)
-            return spec.score.on_block(s, *self.place, call.captures, overwrite=True)
-        scores = self.product_of_scores(call.factor)
-        if call.bias is not None:
-            scores += call.bias.on_block(None, *self.place, call.captures, dtype=call.wide)
-        return scores
-
-    def masked(self, scores: Tensor) -> Tensor:
-        """Scores with -inf where no key is allowed; overwrites them. (`masked_fill_` takes 20 times as long.)"""
-        mask, first = self.call.mask(self.tile, self.heads)
-        if mask is not None:
-            scores[..., first:] += mask
-        return scores
-
-    def forward(self, out: Tensor, lse: Tensor) -> None:
-        """Write the block's rows of out and lse."""
-        call, keep = self.call, 1.0 - self.call.spec.dropout
-        scores = self.masked(self.scores())
-        top = scores.amax(-1, keepdim=True)
-        p = torch.softmax(scores, -1, out=scores) if scores.device.type == "cpu" else torch.softmax(scores, -1)
-        total = top - p.amax(-1, keepdim=True).log()  # the largest probability is 1 / sum(exp(scores - top))
-        nothing = top == -torch.inf
-        if nothing.any():
-            total, p = total.masked_fill_(nothing, -torch.inf), p.masked_fill_(nothing, 0)
-        if call.sink is not None:
-            with_sink = torch.logaddexp(total, call.sink[self.heads, None, None].to(call.wide))
-            total, p = with_sink, p.mul_((total - with_sink).exp_())
-        if keep < 1:
-            p = keep_only(p, self.bits).mul_(1 / keep)
-        values = self.columns(call.operand_v)
-        self.rows(out).copy_(self.unfolded(torch.bmm(self.folded(self.call.narrow(p)), values)))
-        self.rows(lse).copy_(total[..., 0])
-
-    def backward(self, upstream: Tensor, out: Tensor, lse: Tensor, gradients: Gradients) -> None:
-        """Add the block's part to every gradient wanted. lse is inf for rows without keys."""
-        scores, slopes = self.evaluated(gradients)
-        # exp2 takes a third of the time of exp
-        p = self.masked(scores).sub_(self.rows(lse)[..., None]).mul_(LOG2_E).exp2_()
-        self.add_gradients(p, slopes, upstream, out, gradients)
-
-    def evaluated(self, gradients: Gradients) -> tuple[Tensor, Slopes | None]:
-        """(s', nobody else's memory; the program's derivatives); None where that is the constant `call.factor`."""
-        call, spec = self.call, self.call.spec
-        if not needs_program(call, gradients):
-            return self.scores(), None
-        s = self.product_of_scores(spec.scale)
-        shape, derivative = s.shape, spec.score.derivative()
-        scores, by_s, by_load = derivative.on_block(s, *self.place, call.captures, overwrite=True)
-        kept = (by_s, *by_load.values())
-        if scores.shape != shape or spec.score.result.op == "load" or any(scores is one for one in kept):
-            scores = scores.expand(shape).clone()
-        return scores, Slopes(by_s, by_load)
-
-    def add_gradients(
-        self, p: Tensor, slopes: Slopes | None, upstream: Tensor, out: Tensor, gradients: Gradients
-    ) -> None:
-        """Add what follows from the probabilities p [nb, nh, nq, nk] before dropout."""
-        call, keep = self.call, 1.0 - self.call.spec.dropout
-        by_out = self.call.narrow(self.folded(self.rows(upstream)))
-        if gradients.v is not None:
-            kept = keep_only(p.clone(), self.bits) if keep < 1 else p
-            self.add_product(gradients.v, self.call.narrow(self.folded(kept)), by_out, 1 / keep)
-        if gradients.needs_scores:
-            by_p = self.unfolded(self.product(by_out, self.columns(call.operand_v).mT, 1 / keep))
-            by_p = keep_only(by_p, self.bits) if keep < 1 else by_p
-            by_p -= _row_sums(self.rows(upstream), self.rows(out), call.wide)
-            self.add_scores_gradient(by_p.mul_(p), slopes, gradients)
-
-    def add_scores_gradient(self, by_scores: Tensor, slopes: Slopes | None, gradients: Gradients) -> None:
-        """From the gradient by s' to those by captures, q and k. Overwrites it."""
-        call, spec = self.call, self.call.spec
-        for slot, total in enumerate(gradients.captures):
-            if total is not None and slopes is not None and slot in slopes.by_load:
-                by_value = by_scores * slopes.by_load[slot]
-                spec.score.accumulate(slot, total, by_value, *self.place, call.captures)
-        if gradients.q is None and gradients.k is None:
-            return
-        if slopes is None:
-            by_scores *= call.factor
-        else:
-            by_scores = by_scores.zero_() if slopes.by_s is None else by_scores.mul_(slopes.by_s).mul_(spec.scale)
-        by_s = self.call.narrow(self.folded(by_scores))
-        if gradients.q is not None:
-            by_q = torch.bmm(by_s, self.columns(call.operand_k))
-            self.rows(gradients.q).add_(self.unfolded(by_q))
-        if gradients.k is not None:
-            self.add_product(gradients.k, by_s, self.call.narrow(self.folded(self.rows(call.q))))
-
-
-def _row_sums(x: Tensor, y: Tensor, wide: torch.dtype) -> Tensor:
-    """``sum(x * y)`` of each row, [..., 1]."""
-    return (x.to(wide) * y).sum(-1, keepdim=True)

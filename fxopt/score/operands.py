@@ -11,9 +11,9 @@ from torch import Tensor, fx
 from fxopt.compat import size_expression
 from fxopt.fake import arguments, bound_arguments, value_of
 from fxopt.score import calls
-from fxopt.score.index import ZERO, Index, Unknown, is_one, same_size
+from fxopt.score.index import ZERO, Index, Unknown, is_one, same_size, size_term
 from fxopt.score.reader import Reader
-from fxopt.score.term import Term, load, variable
+from fxopt.score.term import Term, constant, load, variable
 
 B, H, Q, K = (variable(name) for name in "bhqk")
 DEPTH, WIDTH = load("depth", (), "int"), load("width", (), "int")
@@ -122,12 +122,33 @@ def operand(reader: Reader, node: fx.Node, index: Index, row: Term, column: Term
     Repeated heads and transposes are seen through. Raises `Unknown` where the operand itself has other axes.
     """
     found = None
+    sizes = {**reader.indexer.extents, **_sizes(node, index, (row, column))}
     for source, place in _sources(reader, node, index):
         axes = _axes(source, place, row, column)
-        found = axes or found
+        if axes is not None and _has_sizes(axes, sizes, row, column):
+            found = axes
     if found is None:
         raise Unknown(f"{node.name} is read at {list(index)}: its axes are not batch, head, position and depth")
     return found
+
+
+def _sizes(node: fx.Node, index: Index, terms: tuple[Term, Term]) -> dict[Any, Term]:
+    """Along which size each of `terms` runs in the operand itself."""
+    shape = value_of(node).shape
+    return {term: size_term(size) for term, size in zip(index, shape, strict=True) if term in terms}
+
+
+def _has_sizes(found: Operand, sizes: dict[Any, Term], row: Term, column: Term) -> bool:
+    """Whether every axis is as long as what runs along it: a slice from the start has the same index and is not."""
+    heads = sizes["h"]
+    if found.group > 1:
+        heads = constant(heads.value // found.group) if type(heads.value) is int else heads
+    wanted = {"b": sizes["b"], "h": heads, "group": heads, "row": sizes.get(row), "column": sizes.get(column)}
+    wanted["member"] = constant(found.group)
+    return all(
+        not name or wanted[name] is size_term(size)
+        for name, size in zip(found.axes, value_of(found.node).shape, strict=True)
+    )
 
 
 def _sources(reader: Reader, node: fx.Node, index: Index) -> Iterator[tuple[fx.Node, Index]]:

@@ -236,6 +236,8 @@ def _cat(reader: Reader, node: fx.Node, index: Index) -> tuple[fx.Node, Index]:
     tensors, dim = bound_arguments(node)["tensors"], bound_arguments(node)["dim"] % len(index)
     place = index[dim]
     for tensor in tensors:
+        if value_of(tensor).dim() != len(index):
+            continue  # torch.cat passes over an empty tensor of one axis
         size = size_term(value_of(tensor).shape[dim])
         if reader.indexer.below(place, size):
             return tensor, (*index[:dim], place, *index[dim + 1 :])

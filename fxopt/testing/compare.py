@@ -28,6 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fxopt.differential import typical_entry
 from fxopt.testing.exact import Widen
 
 RATIO = 2.0
@@ -162,7 +163,7 @@ def truth(model: nn.Module, inputs: Mapping[str, Any], *, loss: Loss = loss_of, 
 def compare(compiled: Step, eager: Step, exact: Step) -> Comparison:
     """Apply the rule of this module to two steps in one dtype and the exact one; gradients of None must agree."""
     ours, theirs, right = compiled.named(), eager.named(), exact.named()
-    typical = _typical(exact.gradients)
+    typical = typical_entry(exact.gradients)
     errors, differences = [], []
     for name, reference in right.items():
         mine, other = ours.get(name), theirs.get(name)
@@ -218,13 +219,6 @@ def _parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 def _to_double(value: Any) -> Any:
     return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
-
-
-def _typical(gradients: Mapping[str, Tensor | None]) -> float:
-    """Root mean square of all gradient entries of a step."""
-    present = [g for g in gradients.values() if g is not None]
-    count = sum(g.numel() for g in present)
-    return math.sqrt(sum(float(g.square().sum()) for g in present) / count) if count else 0.0
 
 
 def _difference(name: str, ours: Tensor | None, theirs: Tensor | None) -> str | None:
