@@ -52,19 +52,28 @@ def allowed_pairs(queries: int, keys: int, lower: int | None, upper: int | None)
 
 def forward_workspace(call: Attention) -> int:
     """Most bytes held besides inputs and results."""
-    if flash_tiles.can_compute(call):
-        return _row_values(call) + _kernel(call, 1) + _largest_part(call, gradients=False)
-    return _row_values(call) + _operands(call) + _largest_block(call, None)
+    by_kernel = _row_values(call) + _kernel(call, 1) + _largest_part(call, gradients=False)
+    by_blocks = _row_values(call) + _operands(call) + _largest_block(call, None)
+    return _of_paths(call, by_kernel, by_blocks)
 
 
 def backward_workspace(call: Attention, wanted: Wanted) -> int:
     """Most bytes held besides inputs, what the forward saved, and results."""
-    if flash_tiles.can_compute(call) and not any(wanted.captures):
-        copies = call.q.nbytes + call.k.nbytes + call.v.nbytes  # of another layout, upstream or a result at a time
-        return copies + _row_values(call) + _kernel(call, 2) + _largest_part(call, gradients=True)
+    copies = call.q.nbytes + call.k.nbytes + call.v.nbytes  # of another layout, upstream or a result at a time
+    by_kernel = copies + _row_values(call) + _kernel(call, 2) + _largest_part(call, gradients=True)
     sums = sum(one.numel() for one, want in ((call.k, wanted.k), (call.v, wanted.v)) if want) * call.wide.itemsize
     loads = sum(one.numel() * 8 for one, want in zip(call.captures, wanted.captures, strict=True) if want)
-    return _row_values(call) + _operands(call) + sums + loads + _largest_block(call, wanted)
+    by_blocks = _row_values(call) + _operands(call) + sums + loads + _largest_block(call, wanted)
+    return by_blocks if any(wanted.captures) else _of_paths(call, by_kernel, by_blocks)
+
+
+def _of_paths(call: Attention, by_kernel: int, by_blocks: int) -> int:
+    """That of the path which is taken, or the larger where intervals decide."""
+    if not flash_tiles.may_compute(call):
+        return by_blocks
+    if call.q.dtype != call.wide and call.intervals is not None:
+        return max(by_kernel, by_blocks)
+    return by_kernel if flash_tiles.can_compute(call) else by_blocks
 
 
 def _row_values(call: Attention) -> int:
@@ -90,6 +99,8 @@ def _kernel(call: Attention, blocks: int) -> int:
 
 def _largest_part(call: Attention, gradients: bool) -> int:
     """A part's mask and results, before they are written to where they belong."""
+    if not flash_tiles.may_compute(call):
+        return 0
     found, width = 0, call.q.shape[-1]
     for part in flash_tiles.parts_of(call, _bounds(call)):
         rows, keys = call.heads * length(part.q), call.key_heads * length(part.k)
@@ -114,29 +125,37 @@ def _operands(call: Attention) -> int:
 
 
 def _largest_block(call: Attention, wanted: Wanted | None) -> int:
-    """Of the tensors that a block holds at a time: forward, or backward where gradients are `wanted`."""
+    """Of what blocks hold at a time: buffers, program and mask, forward, or backward where gradients are `wanted`."""
+    score = call.spec.score
+    results = [score.result]
+    if wanted is not None and (call.spec.affine is None or any(wanted.captures)):
+        derivative = score.derivative()
+        results += [one.result for one in (derivative.by_s, *derivative.by_load.values()) if one is not None]
     found = 0
     for tile in _bounds(call):
         batch, heads, rows = block_shape(call, tile)
         sizes = {"b": batch, "h": heads * call.group, "q": rows, "k": length(tile.k)}
-        block = math.prod(sizes.values()) * call.wide.itemsize
-        bits = math.prod(sizes.values()) * 4 * (call.spec.dropout > 0)
-        narrow = block // 2 if call.q.dtype != call.wide else 0
-        operands = 2 * block // length(tile.k) * (call.q.shape[-1] + call.v.shape[-1])
-        mask = rows * length(tile.k) * (call.wide.itemsize + 2) * (tile.kind != "full")
-        if call.spec.condition is not None:
-            mask += _evaluated([call.spec.condition.result], sizes, call.wide)[0] + 2 * block
-        score = call.spec.score
-        if wanted is None or (call.spec.affine is not None and not any(wanted.captures)):
-            results = [score.result]
-        else:
-            derivative = score.derivative()
-            programs = [derivative.by_s, *derivative.by_load.values()]
-            results = [score.result, *(one.result for one in programs if one is not None)]
-        peak, kept = _evaluated(results, sizes, call.wide)
-        after = block + max(2 * bits, bits + narrow) if wanted is None else kept + bits + 2 * block + narrow
-        found = max(found, operands + max(peak + narrow, max(kept, block) + mask, after))
+        count, itemsize = math.prod(sizes.values()), call.wide.itemsize
+        buffers = count * itemsize * (1 if wanted is None else 3)
+        buffers += count * call.operand_dtype.itemsize * (call.operand_dtype != call.wide)
+        operands = 2 * count // length(tile.k) * (call.q.shape[-1] + call.v.shape[-1]) * itemsize
+        most, kept = (one - count * itemsize for one in _evaluated(results, sizes, call.wide))  # less s, in a buffer
+        later = max(2 * count * 4 * (call.spec.dropout > 0), _mask(call, tile, sizes))
+        if wanted is not None and any(wanted.captures):
+            later = max(later, count * itemsize + count * 4 * (call.spec.dropout > 0))
+        found = max(found, buffers + operands + max(most, max(kept, 0) + later))
     return found
+
+
+def _mask(call: Attention, tile: Tile, sizes: Mapping[str, int]) -> int:
+    """Of a block's mask, and of asking the predicate."""
+    if tile.kind == "full":
+        return 0
+    mask = sizes["q"] * sizes["k"] * (call.wide.itemsize + 2)
+    if call.spec.condition is None:
+        return mask
+    decided = _evaluated([call.spec.condition.result], sizes, call.wide)[0]
+    return decided + math.prod(sizes.values()) * (call.wide.itemsize + 2)
 
 
 def _evaluated(results: Sequence[Term], sizes: Mapping[str, int], wide: torch.dtype) -> tuple[int, int]:

@@ -120,7 +120,7 @@ def _gradients(upstream: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tenso
             gradients = Gradients(*flash_tiles.backward(call, upstream, out, lse), [None] * len(call.captures))
         else:
             gradients = Gradients.to_add_to(call, wanted)
-            score_tiles.backward(call, upstream, gradients)
+            score_tiles.backward(call, upstream, lse, gradients)
         empty_rows.add_gradients(call, upstream, lse, gradients)
         by_sink = _by_sink(call, upstream, out, lse) if wanted.sink else None
     by_q, by_k, by_v, by_sink, *others = (

@@ -21,16 +21,19 @@ import torch
 from torch import Tensor
 
 from fxopt.ops.attention_call import Attention, length, part_of
-from fxopt.ops.tiles import Tile
+from fxopt.ops.tiles import Tile, computed_pairs
 
 MASK_BYTES = 4 * 2**20
 """Most bytes of a mask: a tile whose bias depends on q and k has its rows cut."""
-CUT_KEYS = 2048
+CUT_KEYS = 1024
 """A causal tile of as many keys, or fewer, is cut too: what the kernel skips above the diagonal is blocks of 512 keys.
 Time of the pieces over that of the whole tile (fp32, one core, 8 heads of 64): 0.80 at 256 and 512 keys, 0.81 at 1024,
-0.94 at 1536, 0.96 at 2048."""
+0.96 at 2048, where two cores lose what one gains."""
 CUT_ROWS = 64
 """Rows of the pieces, at least; one for 16 keys."""
+
+LONG_ROWS = 1536
+"""Rows from which on the kernel is as fast in bf16 as blocks of scores are."""
 
 _attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _differentiate = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
@@ -39,19 +42,31 @@ _differentiate = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_back
 def can_compute(call: Attention) -> bool:
     """Whether forward and backward (but for gradients by captures) can go by the kernel, and had better.
 
-    Blocks of scores (`fxopt.ops.score_tiles`) are faster in bf16 (0.5 to 1.0 of its time) and fp16 (0.1 to 0.2), and
-    where v has other head dims than q, which would be padded (0.7 to 1.0).
+    Blocks of scores (`fxopt.ops.score_tiles`) take as long in fp32; 0.5 to 0.9 of the time in bf16, but for long tiles,
+    which two cores compute in 0.9 of theirs; 0.1 to 0.2 in fp16; and 0.7 to 1.0 where v has other head dims than q and
+    would be padded.
     """
+    return may_compute(call) and (call.q.dtype == call.wide or _is_long(call))
+
+
+def may_compute(call: Attention) -> bool:
+    """`can_compute` for some intervals."""
     affine, q = call.spec.affine, call.q
     return (
         q.device.type in ("cpu", "meta")
-        and q.dtype in (torch.float32, torch.float64)
+        and q.dtype in (torch.float64, torch.float32, torch.bfloat16)
         and affine is not None
         and 0 < call.spec.scale * affine[0] < torch.inf
         and call.spec.dropout == 0
         and call.v.shape[-1] == q.shape[-1] > 0
         and call.key_heads > 0
     )
+
+
+def _is_long(call: Attention) -> bool:
+    """Whether most of the work is in tiles of many rows and no mask: with fewer, the kernel's products are small."""
+    long = [tile for tile in call.tiles if tile.kind in ("full", "causal") and length(tile.q) >= LONG_ROWS]
+    return 2 * computed_pairs(long) > computed_pairs(call.tiles)
 
 
 def forward(call: Attention) -> tuple[Tensor, Tensor]:
@@ -100,7 +115,7 @@ def parts_of(call: Attention, tiles: Iterable[Tile]) -> Iterator[Tile]:
             continue
         rows, keys = length(tile.q), length(tile.k)
         step = max(MASK_BYTES // max(mask_row_bytes(call, tile), 1), 1)
-        if tile.kind == "causal" and keys <= CUT_KEYS:
+        if tile.kind == "causal" and keys <= CUT_KEYS and call.q.dtype == call.wide:
             step = min(step, max(keys // 16, CUT_ROWS))
         for start in range(0, rows, step):
             yield part_of(tile, start, min(start + step, rows))

@@ -14,17 +14,18 @@ from torch import Tensor
 
 from fxopt.ops.attention_call import Attention, length, part_of
 from fxopt.ops.attention_gradients import Gradients
-from fxopt.ops.score_block import Block
+from fxopt.ops.score_block import Block, Buffers
 from fxopt.ops.tiles import Tile
 
 __all__ = ["backward", "block_shape", "blocks_of", "forward"]
 
 BLOCK_BYTES = 2 * 2**20
-"""Bytes of a block's scores: half a dozen tensors as large are alive at a time, and cores' caches hold some of them."""
+"""Bytes of a block's scores for each thread: half a dozen tensors as large are alive at a time, and a core's caches
+hold some of them. Of 1, 2, 4 and 8 MiB, 2 were best on one core, 4 on two."""
 LEAST_ROWS = 256
 """Rows of a folded block, at least: products of fewer are slower. The heads are split before they get fewer."""
 MOST_BYTES = 16 * 2**20
-"""Bytes of a block's scores whatever its shape, down to one row of the heads that share keys."""
+"""Bytes of a block's scores whatever its shape and however many threads, down to a row of heads that share keys."""
 
 
 def block_shape(call: Attention, tile: Tile) -> tuple[int, int, int]:
@@ -34,8 +35,9 @@ def block_shape(call: Attention, tile: Tile) -> tuple[int, int, int]:
     if tile.kind == "causal":  # so that little is computed above the diagonal
         rows = min(rows, max(keys // 4, 64))
     least = min(-(-LEAST_ROWS // call.group), rows, max(MOST_BYTES // row, 1))
-    heads = min(max(BLOCK_BYTES // (row * least), 1), call.key_heads)
-    fitting = BLOCK_BYTES // (row * heads)
+    block = min(BLOCK_BYTES * torch.get_num_threads(), MOST_BYTES)
+    heads = min(max(block // (row * least), 1), call.key_heads)
+    fitting = block // (row * heads)
     return min(max(fitting // rows, 1), length(tile.b)), heads, min(max(fitting // 8 * 8, least), rows)
 
 
@@ -50,14 +52,16 @@ def forward(call: Attention) -> tuple[Tensor, Tensor]:
     return out, lse
 
 
-def backward(call: Attention, upstream: Tensor, gradients: Gradients) -> None:
+def backward(call: Attention, upstream: Tensor, lse: Tensor, gradients: Gradients) -> None:
     """Add to the gradients what rows with keys have in them."""
+    some_empty = bool((lse == -torch.inf).any())
     for block in blocks_of(call):
-        block.backward(upstream, gradients)
+        block.backward(upstream, lse, gradients, some_empty)
 
 
 def blocks_of(call: Attention) -> Iterator[Block]:
     """Blocks that hold every row of every tile, but the empty ones, for every head once."""
+    memory = Buffers(call.q.device)
     for tile in call.tiles:
         if tile.kind == "empty" or not call.heads:
             continue
@@ -67,4 +71,4 @@ def blocks_of(call: Attention) -> Iterator[Block]:
             for head in range(0, call.key_heads, heads):
                 for start in range(0, rows, step):
                     part = part_of(tile, start, min(start + step, rows), slice(b, min(b + batch, tile.b.stop)))
-                    yield Block(call, part, slice(head, min(head + heads, call.key_heads)))
+                    yield Block(call, part, slice(head, min(head + heads, call.key_heads)), memory)

@@ -468,6 +468,19 @@ def test_the_memory_formula_bounds_what_the_allocator_sees(
         assert peak < 2048 * 2048 * 4 * 4 / 2  # half of the scores
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["documents", "padding", "prefix", "predicate"])
+def test_the_memory_formula_bounds_what_masks_take(name: str, dtype: torch.dtype) -> None:
+    one = masked(name, batch=2, heads=4, key_heads=2, queries=1024, keys=1024, width=16, dtype=dtype)
+    every = [t.detach() if isinstance(t, Tensor) else t for t in arguments(one)]
+    out, lse = FORWARD(*every)
+    backward = [torch.rand_like(out), *every, out, lse, [True, True, True, False, *(False for _ in one.captures)]]
+    for op, inputs in ((FORWARD, every), (BACKWARD, backward)):
+        formula = memory_of(op, *inputs)
+        assert formula is not None
+        assert peak_bytes(lambda op=op, inputs=inputs: op(*inputs)) <= formula.outputs + formula.workspace
+
+
 @pytest.mark.parametrize("flash", [None, False])
 @pytest.mark.parametrize("name", ["causal", "window", "documents", "padding", "predicate"])
 def test_scores_never_exist(name: str, flash: bool | None) -> None:
