@@ -83,7 +83,6 @@ class Attention:
         self.captures, self.spec = list(captures), AttentionSpec(*constants)
         self.batch, self.heads, self.queries = q.shape[:3]
         self.key_heads, self.keys = k.shape[1:3]
-        self.group = self.heads // max(self.key_heads, 1)
         self.wide = accumulate_dtype(q.dtype)
 
     @classmethod
@@ -91,6 +90,11 @@ class Attention:
         """From the operator's arguments."""
         q, k, v, sink, intervals, seed, captures, *constants = arguments
         return cls(q, k, v, sink, intervals, seed, captures, constants)
+
+    @functools.cached_property
+    def group(self) -> int:
+        """Query heads that share a key head."""
+        return self.heads // max(self.key_heads, 1)
 
     @functools.cached_property
     def tiles(self) -> tuple[Tile, ...]:
@@ -115,6 +119,11 @@ class Attention:
         """What is added to it then."""
         assert self.spec.affine is not None
         return self.spec.affine[1]
+
+    def without_s(self, program: Program, tile: Tile, heads: slice) -> Tensor:
+        """The result of a program that does not read s, on a tile."""
+        place = (tile.b, heads, tile.q, tile.k)
+        return program.on_block(None, *place, self.captures, dtype=self.wide, device=self.q.device)
 
     def new_out(self) -> Tensor:
         """Memory for out [B, H, Sq, Dv], in the layout that was asked for."""
@@ -172,7 +181,7 @@ class Attention:
         inside = allowed(tile, self.intervals, self.spec.lower, self.spec.upper).to(self.q.device)
         condition = self.spec.condition
         if condition is not None and not tile.exact:
-            decided = condition.on_block(None, tile.b, heads, tile.q, tile.k, self.captures)
+            decided = self.without_s(condition, tile, heads)
             inside = inside & (decided | self._exact_rows(tile))
         return self.q.new_zeros(inside.shape, dtype=self.wide).masked_fill_(~inside, -torch.inf), 0
 

@@ -172,7 +172,7 @@ def _mask(call: Attention, part: Tile) -> tuple[Tensor | None, bool]:
     if mask is not None and first:
         mask = torch.nn.functional.pad(mask, (first, 0))
     if call.bias is not None:
-        bias = call.bias.on_block(None, part.b, slice(0, call.heads), part.q, part.k, call.captures, dtype=call.wide)
+        bias = call.without_s(call.bias, part, slice(0, call.heads))
         mask = bias if mask is None else mask + bias
     if mask is None:
         return None, causal

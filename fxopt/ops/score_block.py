@@ -145,7 +145,7 @@ class Block:
             return spec.score.on_block(s, *self.place, call.captures, overwrite=True)
         scores = self.product_of_scores(call.factor)
         if call.bias is not None:
-            scores += call.bias.on_block(None, *self.place, call.captures, dtype=call.wide)
+            scores += call.without_s(call.bias, self.tile, self.heads)
         return scores
 
     def masked(self, scores: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from fxopt.score.program import Program
 from fxopt.score.term import Term, apply, cast_to, constant, load, variable
 from fxopt.testing.compare import Step, compare
 
+FEW = 64
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 S, B, H, Q, K = (variable(name) for name in "sbhqk")
 
@@ -102,22 +103,24 @@ class Case:
         return Step(out.detach(), {}, gradients, torch.finfo(self.tensors["q"].dtype).eps)
 
     def check(self) -> Step:
-        """Apply the rule and return the operator's step; nothing exact holds against fp64, which may be 64 eps off.
+        """Apply the rule and return the operator's step. Nothing exact holds against fp64: sums of a row may be 64 eps
+        off, and those over all rows (gradients of a few numbers) 1024.
 
-        Gradients of a few numbers (a slope a head) eager gets right by luck now and then: they have their own test.
+        What gradients of a few numbers are in other dtypes eager gets right by luck now and then: see the test of them.
         """
         ours, exact = self.run(self.ours), self.run(self.eager, torch.float64)
         if ours.eps == torch.finfo(torch.float64).eps:
             for name, right in exact.named().items():
                 scale = 1.0 if right is None or not right.numel() else max(float(right.abs().max()), 1.0)
-                torch.testing.assert_close(ours.named()[name], right, rtol=0, atol=64 * ours.eps * scale)
+                most = 1024 if right is not None and right.numel() < FEW else 64
+                torch.testing.assert_close(ours.named()[name], right, rtol=0, atol=most * ours.eps * scale)
         else:
             compare(*(without_few(step) for step in (ours, self.run(self.eager), exact))).check()
         return ours
 
 
-def without_few(step: Step, few: int = 64) -> Step:
-    gradients = {name: one for name, one in step.gradients.items() if one is None or one.numel() >= few}
+def without_few(step: Step) -> Step:
+    gradients = {name: one for name, one in step.gradients.items() if one is None or one.numel() >= FEW}
     return dataclasses.replace(step, gradients=gradients)
 
 
@@ -266,12 +269,15 @@ def masked(name: str, seed: int = 0, **sizes: Any) -> Case:
 
 @contextlib.contextmanager
 def computed(small: bool, flash: bool | None = None) -> Iterator[None]:
-    """Within, blocks and parts of 16 rows and fewer, so that small inputs take every loop twice; flash False: never."""
+    """Within, blocks and parts of 16 rows and fewer, so that small inputs take every loop twice; flash False: never.
+
+    bf16 goes by torch's kernel only where it is small.
+    """
     with contextlib.ExitStack() as stack:
         if small:
             sizes = {"BLOCK_BYTES": 6000, "LEAST_ROWS": 16, "MOST_BYTES": 20000}
             stack.enter_context(mock.patch.multiple(score_tiles, **sizes))
-            stack.enter_context(mock.patch.multiple(flash_tiles, MASK_BYTES=3000, CUT_ROWS=16))
+            stack.enter_context(mock.patch.multiple(flash_tiles, MASK_BYTES=3000, CUT_ROWS=16, LONG_ROWS=2))
         if flash is False:
             stack.enter_context(mock.patch.object(flash_tiles, "can_compute", return_value=False))
         yield
