@@ -52,7 +52,8 @@ def share_line(result: dict[str, Any]) -> str:
         f"{statistics.median(one['share'] for one in samples):.1%} at {layers} layers"
         for layers, samples in result["layers"].items()
     ]
-    return f"fxopt's own stages take {', '.join(shares)} of compile time."
+    commit = result["machine"]["commit"][:10]
+    return f"fxopt's own stages take {', '.join(shares)} of compile time (commit {commit})."
 
 
 def measured_text() -> str:
