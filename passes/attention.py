@@ -21,7 +21,6 @@ from fxopt.ops.key_intervals import key_intervals
 from fxopt.rule import Cost, Draw, NoSite, Region, Site
 from fxopt.score.attention_site import Found, of_sdpa, of_softmax, softmax_at
 from fxopt.score.formula import formula
-from fxopt.score.index import is_one
 from fxopt.score.masks import Mask, classify
 from fxopt.score.operands import WIDTH, B, H, Operand, Q
 from fxopt.score.program import Program
@@ -36,8 +35,6 @@ def grow(anchor: fx.Node) -> Site | None:
     if found is None:
         return None
     queries, keys = found.sizes["q"], found.sizes["k"]
-    if found.output is not anchor and (is_one(queries) or is_one(keys)):
-        raise NoSite(f"{found.output.name} attends with {queries} queries to {keys} keys: there is nothing to win", 4)
     condition = constant(True)
     for part in found.scores.conditions:
         condition = apply("and", condition, part)
@@ -210,7 +207,7 @@ def replacement(
             q, k, v, dropout_p=dropout, is_causal=band[1] == 0, scale=scale * (_factor(texts) or 1.0), enable_gqa=True
         )
         return _shaped(_laid_out(out, heads_last).to(output_dtype), output_shape, members)
-    on = _Block(texts, captures, batch, heads, q.shape[2], k.shape[2], q)
+    on = _Tensors(texts, captures, (batch, heads, q.shape[2], k.shape[2]), q)
     intervals = on.intervals(band, dense)
     out = attention(
         q, k, v,
@@ -238,12 +235,11 @@ def _brought(x: Tensor, leading: tuple[Any, Any], dtype: torch.dtype) -> Tensor:
     return x if x.dtype == dtype else x.to(dtype)
 
 
-class _Block:
-    """The programs of one site that make tensors: sinks, document ids, padding."""
+class _Tensors:
+    """What the programs of one site make tensors of: sinks, document ids, padding. sizes: of b, h, q and k."""
 
-    def __init__(self, texts: dict[str, str], captures: list[Tensor], *sizes: Any):
-        self.texts, self.captures = texts, captures
-        *self.sizes, self.like = sizes
+    def __init__(self, texts: dict[str, str], captures: list[Tensor], sizes: tuple[Any, ...], like: Tensor):
+        self.texts, self.captures, self.sizes, self.like = texts, captures, sizes, like
 
     def values(self, name: str, axis: str) -> Tensor | None:
         """What program `name` gives along `axis` ("h"), or for each batch row along it ("q", "k", "" for none)."""

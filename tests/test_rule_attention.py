@@ -189,6 +189,17 @@ def test_a_piece_of_a_fused_projection() -> None:
     agrees(fused, outcome, x)
 
 
+@pytest.mark.parametrize("sizes", [(0, 4, 6, 8), (2, 4, 0, 8), (2, 4, 6, 1), (2, 4, 6, 3), (1, 1, 2, 5)])
+def test_sizes_of_nothing_and_odd_head_dims(sizes: tuple[int, int, int, int]) -> None:
+    def causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        row = torch.arange(q.shape[2])
+        return weighed((q @ k.mT).masked_fill(row[None, :] > row[:, None], -1e9), v)
+
+    outcome = rewritten(causal, *inputs(*sizes))
+    assert len(outcome.rewrites) == 1, outcome.refusals
+    agrees(causal, outcome, *inputs(*sizes))
+
+
 # --- rows that nothing may be attended from ----------------------------------------------------------------------
 
 EMPTY: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
@@ -254,6 +265,19 @@ def test_dropout_is_drawn_from_one_seed(spelling: Callable[..., Tensor]) -> None
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
     assert abs(float(other.mean()) - 1) < 0.05  # what is kept is scaled up
+
+
+def test_dropout_is_the_same_in_both_directions() -> None:
+    """The result is linear in the values, so <g, D v> = <D' g, v>, if the backward drops what the forward dropped."""
+    compiled = torch.compile(dropped, backend="fxopt")
+    q, k, v = inputs(length=40)
+    upstream = torch.randn(2, 4, 40, 8)
+    out = compiled(q, k, v)
+    out.backward(upstream)
+    assert v.grad is not None
+    difference = (out.double() * upstream).sum() - (v.double() * v.grad).sum()
+    assert abs(float(difference)) < 1e-6 * float(out.norm() * upstream.norm())
+    assert not torch.equal(out, compiled(q, k, v))
 
 
 def outcome_at(spelling: Callable[..., Tensor], *tensors: Tensor) -> Any:

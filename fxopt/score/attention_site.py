@@ -224,6 +224,8 @@ class _Growth:
         if self.probable(last.right[0]) and not self.probable(last.left[0]):
             raise NoSite(f"{self.last.name} has the probabilities on its right", self.agreed)
         self.sizes["k"] = self.length_of_keys(last)
+        if is_one(self.sizes["q"]) or is_one(self.sizes["k"]):
+            raise NoSite(f"{self.last.name} has a single query or key: there is nothing to win", self.agreed)
         self.reader = Reader(self.sizes, self.reader.mutated)
         place = self.probabilities(*last.left)
         source = _without_row_maximum(self.softmax.source, self.softmax.dim)
