@@ -64,7 +64,7 @@ def measured_text() -> str:
     lines = [
         "Forward and backward of 4 layers, hidden 256, vocabulary 32,000; batch 4 x 512 and SDPA attention unless the",
         f"table says otherwise. In brackets the ratio to Inductor in the same call; medians of {turns} turns.",
-        f"`make bench` on {machine['date'][:10]}, on {machine_line(machine)}.",
+        f"Measured by `bench/step.py` on {machine['date'][:10]}, on {machine_line(machine)}.",
         *([warning] if warning else []),
         "",
         *step_table(step),

@@ -77,9 +77,9 @@ def mutated_arguments(node: fx.Node) -> list[fx.Node]:
     return [item for item in written if isinstance(item, fx.Node)]
 
 
-def mutated_storages(gm: fx.GraphModule) -> set[Any]:
-    """The storages that some node of `gm` writes to."""
-    return {storage_of(value_of(argument)) for node in gm.graph.nodes for argument in mutated_arguments(node)}
+def mutated_storages(graph: fx.Graph) -> set[Any]:
+    """The storages that some node of `graph` writes to."""
+    return {storage_of(value_of(argument)) for node in graph.nodes for argument in mutated_arguments(node)}
 
 
 def storage_of(value: Any) -> Any:

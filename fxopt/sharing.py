@@ -24,7 +24,7 @@ def share(gm: fx.GraphModule, rule: str) -> dict[str, str]:
     memory it reads or ever to its result, and no output can alias the result. Returns the names of the nodes that went,
     each with the name of the one in its place; the caller propagates and recompiles if there are any.
     """
-    written = mutated_storages(gm)
+    written = mutated_storages(gm.graph)
     first: dict[Hashable, fx.Node] = {}
     merged: dict[str, str] = {}
     for node in list(gm.graph.nodes):

@@ -16,10 +16,7 @@ from torch import fx
 from fxopt.effects import (
     is_idle_dropout,
     is_pure,
-    is_random,
-    mutated_arguments,
     mutated_storages,
-    mutates,
     reaches_output,
     same_layout,
     storage_of,
@@ -27,7 +24,7 @@ from fxopt.effects import (
 from fxopt.fake import arguments, bound_arguments, value_of
 from fxopt.inplace import functionalize
 
-__all__ = ["is_pure", "is_random", "mutated_arguments", "mutated_storages", "mutates", "simplify", "storage_of"]
+__all__ = ["simplify"]
 
 aten = torch.ops.aten
 
@@ -53,7 +50,7 @@ def simplify(gm: fx.GraphModule) -> None:
 
 
 def _tidy(gm: fx.GraphModule) -> None:
-    mutated = mutated_storages(gm)
+    mutated = mutated_storages(gm.graph)
     for node in list(gm.graph.nodes):
         if node.op != "call_function":
             continue

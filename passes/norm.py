@@ -15,12 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
+from fxopt.effects import mutated_arguments, storage_of
 from fxopt.fake import value_of
 from fxopt.ops.norm import NormSpec, norm
 from fxopt.ops.products import accumulate_dtype
 from fxopt.rewrite import illegal
 from fxopt.rule import Cost, Draw, Pattern, Site
-from fxopt.simplify import mutated_arguments, storage_of
 
 aten = torch.ops.aten
 

@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from fxopt.capture import Capture, capture
+from fxopt.draw import SeededDraw
 
 
 def captured(fn: Callable[..., Any], *args: Any, dynamic: bool | None = None) -> Capture:
@@ -29,3 +30,10 @@ def captured(fn: Callable[..., Any], *args: Any, dynamic: bool | None = None) ->
 def targets(gm: fx.GraphModule) -> list[str]:
     """The operators of `gm`, in order, by name."""
     return [str(node.target) for node in gm.graph.nodes if node.op == "call_function"]
+
+
+class LargestDraw(SeededDraw):
+    """Sizes at their largest, so that no window is wider than the sequence."""
+
+    def size(self, low: int, high: int) -> int:
+        return high

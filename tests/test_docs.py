@@ -7,21 +7,14 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from graphs import LargestDraw
 from torch import Tensor
 
 from fxopt.capture import trace
-from fxopt.draw import SeededDraw
 from fxopt.passes.attention import RULE
 from fxopt.rewrite import apply_rule
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
-
-
-class Largest(SeededDraw):
-    """Sizes at their largest, so that no window is wider than the sequence."""
-
-    def size(self, low: int, high: int) -> int:
-        return high
 
 
 def rows_of_attention() -> Iterator[str]:
@@ -35,7 +28,7 @@ def rows_of_attention() -> Iterator[str]:
 
 def found_in(spelling: Callable[..., Tensor]) -> tuple[str, str, str]:
     """Mask, program and lowering, as the report has them."""
-    values = RULE.inputs(Largest(3))
+    values = RULE.inputs(LargestDraw(3))
     outcome = apply_rule(RULE, trace(spelling, {name: values[name] for name in inspect.signature(spelling).parameters}))
     (done,) = outcome.rewrites
     what, lowering = done.detail.split(": ", 1)[1].split("; ", 1)

@@ -8,12 +8,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from graphs import captured, targets
+from graphs import LargestDraw, captured, targets
 from torch import Tensor, fx
 
 from fxopt.capture import trace
 from fxopt.differential import same_function
-from fxopt.draw import SeededDraw
 from fxopt.passes import attention as rule
 from fxopt.passes.attention import RULE
 from fxopt.rewrite import Outcome, apply_rule
@@ -80,7 +79,7 @@ def weighed(scores: Tensor, value: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("spelling", RULE.spellings, ids=lambda item: item.__name__)
 def test_report_names_mask_and_lowering(spelling: Callable[..., Tensor]) -> None:
-    values = RULE.inputs(LongDraw(3))
+    values = RULE.inputs(LargestDraw(3))
     names = spelling.__code__.co_varnames[: spelling.__code__.co_argcount]
     outcome = apply_rule(RULE, trace(spelling, {name: values[name] for name in names}), force=True)
     (done,) = outcome.rewrites
@@ -88,13 +87,6 @@ def test_report_names_mask_and_lowering(spelling: Callable[..., Tensor]) -> None
     assert mask.split(", ")[0] == CLASSES[spelling.__name__]
     assert ("blocks of scores" in lowering) == (spelling.__name__ in BLOCKS)
     assert calls_of(outcome.module, "fxopt.attention") == 1
-
-
-class LongDraw(SeededDraw):
-    """Sizes at their largest, so that no window is wider than the sequence."""
-
-    def size(self, low: int, high: int) -> int:
-        return high
 
 
 def test_every_layer_shares_one_computation_of_intervals() -> None:

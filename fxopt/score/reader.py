@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from fxopt.effects import mutated_storages, storage_of
 from fxopt.fake import arguments, bound_arguments, value_of
 from fxopt.score import calls
 from fxopt.score.index import ONE, ZERO, Index, Indexer, Unknown, is_one, size_term
 from fxopt.score.term import Kind, Term, apply, cast_to, constant, load
-from fxopt.simplify import mutated_arguments, storage_of
 
 __all__ = ["OUTSIDE", "Reader", "Unknown", "kind_of", "written_in"]
 
@@ -32,7 +32,7 @@ def written_in(graph: fx.Graph) -> frozenset[Any]:
     """The storages that some node of `graph` writes to; looked up once while its number of nodes stays."""
     count, found = _WRITTEN.get(graph, (-1, frozenset()))
     if count != len(graph.nodes):
-        found = frozenset(storage_of(value_of(item)) for node in graph.nodes for item in mutated_arguments(node))
+        found = frozenset(mutated_storages(graph))
         _WRITTEN[graph] = len(graph.nodes), found
     return found
 
