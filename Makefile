@@ -28,9 +28,11 @@ demo: $(READY)  ## train a small Llama under eager, Inductor and fxopt; one tabl
 
 test: lint  ## lint, types and every test that is not slow
 	$(PYTEST) -m "not slow"
+	TRITON_INTERPRET=1 $(PYTEST) -m "not slow" tests/interpret
 
 test-all: lint  ## the same with the slow tests
 	$(PYTEST)
+	TRITON_INTERPRET=1 $(PYTEST) tests/interpret
 
 bench: $(READY)  ## measure on this machine and rewrite the README's table (about 75 minutes)
 	@code=0; \

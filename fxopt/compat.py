@@ -20,6 +20,7 @@ from torch._dynamo.exc import RestartAnalysis, ShortenTraceback, SkipFrame
 from torch._higher_order_ops.wrap import tag_activation_checkpoint
 from torch._ops import HigherOrderOperator, OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -36,11 +37,13 @@ __all__ = [
     "PassesThroughDynamo",
     "TorchDispatchMode",
     "compile_graph",
+    "decompose_when_functionalized",
     "disabled_torch_function",
     "fake_mode_of",
     "forbid_data_pointer",
     "ignoring_fresh_symbols",
     "inductor_option_names",
+    "is_traced",
     "mode_options",
     "pytree",
     "size_expression",
@@ -228,3 +231,23 @@ def onednn_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | No
     reference loop (1,000 times slower). `aten.mm` multiplies fp32 by MKL instead, which leaves AVX-512 unused on AMD.
     """
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+def is_traced(tensor: torch.Tensor) -> bool:
+    """Whether `tensor` has no data, since it stands for one while a graph is traced."""
+    return isinstance(tensor, FakeTensor | FunctionalTensor)
+
+
+def decompose_when_functionalized(operator: Any, wanted: Callable[..., bool], function: Callable[..., Any]) -> None:
+    """Let AOTAutograd see `function` in place of the custom `operator` wherever `wanted` of its arguments holds.
+
+    What ``torch.library.triton_op`` does (torch/_library/triton.py), but for some calls of an operator only.
+    """
+
+    def dispatched(mode: Any, op: Any, types: Any, args: Any, kwargs: Any) -> Any:
+        if not wanted(*args, **kwargs):
+            return mode.__torch_dispatch__(op, types, args, kwargs)
+        with mode:
+            return function(*args, **kwargs)
+
+    operator.register_torch_dispatch(FunctionalTensorMode, dispatched)

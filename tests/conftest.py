@@ -17,6 +17,8 @@ import torch
 from hypothesis import HealthCheck, settings
 
 ROOT = Path(__file__).resolve().parent.parent
+# Triton interprets or compiles, as the environment says when it is imported; no process can do both.
+collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["interpret"]
 
 # A first example compiles for seconds, so no deadline; in CI the examples are the same in every run.
 settings.register_profile("dev", deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow])

@@ -1,0 +1,115 @@
+"""Generated kernels as Python modules: rendered from templates, written to a cache directory, imported from there.
+
+Triton reads the source of a kernel from its file, and people read it there too, so a kernel's text is a file under its
+own hash: equal text is one file and one kernel, in this process and in the next.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.util
+import linecache
+import os
+import sys
+import tempfile
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+__all__ = ["Kernel", "cache_directory", "render"]
+
+_ENVIRONMENT = jinja2.Environment(
+    loader=jinja2.PackageLoader("fxopt.kernels"),
+    undefined=jinja2.StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+    keep_trailing_newline=True,
+)
+_IMPORTING = threading.Lock()  # graphs may be compiled, and backwards run, on several threads
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One generated kernel: what the launcher, the offline compiler and the dump need.
+
+    name:      its function in `source`, "attention_forward" say; of its family, not of its spec.
+    source:    the text of a Python module that needs nothing but triton.
+    signature: its arguments in order with their Triton types ("*bf16", "i32"); "constexpr" for the tile sizes that a
+               `Config` gives. There are no floats: constants are part of the source, since a Python float would reach
+               the kernel as fp64 from one launcher and as fp32 from another.
+    """
+
+    name: str
+    source: str
+    signature: tuple[tuple[str, str], ...]
+
+    @property
+    def key(self) -> str:
+        """A hash of the source, which names the file and what is remembered of the kernel."""
+        return _key(self.source)
+
+    @property
+    def path(self) -> Path:
+        """Where the source lies once the kernel is loaded."""
+        return cache_directory() / "kernels" / f"{self.name}_{self.key}.py"
+
+    @property
+    def tiles(self) -> tuple[str, ...]:
+        """The names of the tile sizes."""
+        return tuple(name for name, kind in self.signature if kind == "constexpr")
+
+    def load(self) -> Any:
+        """The function as ``triton.jit`` makes it; the same object for equal sources."""
+        with _IMPORTING:
+            return _load(self)
+
+
+@functools.lru_cache(4096)
+def _key(source: str) -> str:
+    return hashlib.sha256(source.encode()).hexdigest()[:16]
+
+
+@functools.lru_cache(4096)
+def _load(kernel: Kernel) -> Any:
+    name = f"fxopt_generated_{kernel.name}_{kernel.key}"
+    path = _written(kernel)
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # so that inspect finds the module of its functions
+    # Without the file (a cache that somebody empties) tracebacks and Triton still have the text.
+    linecache.cache[str(path)] = (len(kernel.source), None, kernel.source.splitlines(keepends=True), str(path))
+    spec.loader.exec_module(module)
+    return getattr(module, kernel.name)
+
+
+def _written(kernel: Kernel) -> Path:
+    """The file, written whole or not at all: processes share the directory."""
+    path = kernel.path
+    if not path.is_file() or path.read_text() != kernel.source:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
+            file.write(kernel.source)
+        os.replace(file.name, path)
+    return path
+
+
+def cache_directory() -> Path:
+    """``$FXOPT_CACHE``, else ``fxopt`` in the user's cache directory, else in the temporary one."""
+    given = os.environ.get("FXOPT_CACHE")
+    if given:
+        return Path(given)
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    parent = home if home.is_dir() else home.parent
+    usable = os.access(parent, os.W_OK) and parent.is_dir()
+    return home / "fxopt" if usable else Path(tempfile.gettempdir()) / f"fxopt-{os.getuid()}"
+
+
+def render(template: str, values: Mapping[str, Any]) -> str:
+    """`template` (a file of ``fxopt/kernels/templates``) with `values`; a name that is missing is an error."""
+    return _ENVIRONMENT.get_template(template).render(**values)

@@ -1,0 +1,93 @@
+"""Launching generated kernels: on CUDA so that Inductor sees the launch, or under Triton's interpreter on a CPU.
+
+An operator whose lowering is Triton is traced through by AOTAutograd where its tensors are on a GPU: its allocations
+and launches become nodes of the joint graph, as with ``torch.library.triton_op``, and Inductor compiles the launches
+into its wrapper. Interpreted launches cannot be traced, so there the operator stays opaque.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from fxopt import compat
+from fxopt.kernels.configs import Config
+from fxopt.kernels.interpreter import interpreting, repair_bf16
+from fxopt.kernels.source import Kernel
+
+__all__ = ["LOWERINGS", "Lowering", "count_blocks", "launch", "operator", "runs_triton"]
+
+Lowering = Literal["auto", "aten", "interpret"]
+"""How an operator is computed: "auto": by generated Triton kernels on CUDA, else by ATen; "aten": by ATen anywhere;
+"interpret": by the Triton kernels under the interpreter (tests; ``TRITON_INTERPRET=1``)."""
+
+LOWERINGS: tuple[str, ...] = get_args(Lowering)
+
+MOST_BLOCKS = 2**31 - 1
+"""Of the first axis of a CUDA grid, the only one that our kernels use: the others end at 65,535."""
+
+
+def runs_triton(like: Tensor, lowering: str) -> bool:
+    """Whether an operator on tensors such as `like` is computed by Triton kernels.
+
+    Raises RuntimeError for "interpret" in a process whose triton compiles.
+    """
+    if lowering == "interpret":
+        if not interpreting():
+            raise RuntimeError(
+                'kernels="interpret" needs TRITON_INTERPRET=1 in the environment before triton is imported'
+            )
+        return True
+    return lowering == "auto" and like.device.type == "cuda" and like.dtype != torch.float64
+
+
+def launch(kernel: Kernel, blocks: int, arguments: Mapping[str, Any], config: Config) -> None:
+    """Run `kernel` on `blocks` programs: tensors and ints by name, tile sizes and warps from `config`.
+
+    No blocks: nothing is launched. Raises ValueError for more blocks than a grid has.
+    """
+    if blocks == 0:
+        return
+    if blocks > MOST_BLOCKS:
+        raise ValueError(f"{kernel.name} would need {blocks} blocks, and a grid has at most {MOST_BLOCKS}")
+    function, tiles = kernel.load(), dict(config.tiles)
+    warps = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    first = next(value for value in arguments.values() if isinstance(value, Tensor))
+    if interpreting():
+        repair_bf16()
+        with _INTERPRETING:
+            function[(blocks,)](**arguments, **tiles)
+    elif compat.is_traced(first):
+        torch.library.wrap_triton(function)[(blocks,)](**arguments, **tiles, **warps)
+    else:
+        with torch.cuda.device(first.device):  # Triton launches on the current device, which need not be this one
+            function[(blocks,)](**arguments, **tiles, **warps)
+
+
+_INTERPRETING = threading.Lock()  # the interpreter patches triton.language while it runs
+
+
+def count_blocks(size: int, tile: int) -> int:
+    """How many tiles of `tile` cover `size`."""
+    return -(-size // tile)
+
+
+def operator(name: str, schema: str, on_triton: Callable[..., bool]) -> Callable[[Callable[..., Any]], Any]:
+    """Decorator: a function of tensors as a custom operator, traced through where its Triton kernels are compiled.
+
+    schema: as for ``torch.library.custom_op``; nothing is mutated. on_triton: from the operator's arguments, whether
+    the function launches Triton kernels; then it must consist of ATen operators and `launch`.
+    """
+
+    def define(function: Callable[..., Any]) -> Any:
+        made = torch.library.custom_op(name, function, mutates_args=(), schema=schema)
+        compat.decompose_when_functionalized(
+            made, lambda *arguments: not interpreting() and on_triton(*arguments), function
+        )
+        return made
+
+    return define
