@@ -11,8 +11,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fxopt.kernels.attention_configs import grain_of
+from fxopt.kernels.cards import card_of
 from fxopt.ops.attention_operator import FORWARD
 from fxopt.ops.empty_rows import EMPTY
+from fxopt.ops.launch import check_lowering, runs_triton
+from fxopt.ops.query_tiles import query_tiles
 from fxopt.score.program import Program
 
 __all__ = ["attention"]
@@ -37,6 +41,7 @@ def attention(
     seed: Maybe = None,
     empty: str = "zero",
     heads_last: bool = True,
+    lowering: str = "auto",
 ) -> Tensor:
     """``softmax(program(scale * q @ k.T), where allowed) @ v``.
 
@@ -58,6 +63,7 @@ def attention(
         dropout: the share of probabilities set to 0, the others growing to make up for it; 0 <= dropout < 1.
         seed: int64 scalar, needed for dropout: the same seed drops the same ones.
         empty: what a row without keys gives: "zero", "nan", "uniform" or "uniform+" (`fxopt.ops.empty_rows`).
+        lowering: "auto" (Triton kernels on CUDA, else ATen), "aten", or "interpret" (`fxopt.ops.launch`).
         heads_last: lay out the result as [B, Sq, H, Dv], which a following ``transpose(1, 2).reshape`` takes as it is.
 
     Returns:
@@ -72,10 +78,15 @@ def attention(
     _check_inputs(q, k, v, sink)
     _check_intervals(intervals, q)
     _check_dropout(dropout, seed, empty)
+    check_lowering(lowering)
+    tiles = None
+    if intervals is not None and runs_triton(q, lowering):
+        spreads = empty != "zero" and sink is None
+        tiles = query_tiles(intervals, k.shape[2], grain_of(card_of(q.device)), spreads)
     out, _ = FORWARD(
-        q, k, v, sink, intervals, seed, list(captures),
+        q, k, v, sink, intervals, tiles, seed, list(captures),
         _text("program", str(program), len(captures)), _text("predicate", str(predicate), len(captures)),
-        1 / math.sqrt(q.shape[-1]) if scale is None else scale, lower, upper, dropout, empty, heads_last,
+        1 / math.sqrt(q.shape[-1]) if scale is None else scale, lower, upper, dropout, empty, heads_last, lowering,
     )  # fmt: skip
     return out
 

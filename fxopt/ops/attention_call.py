@@ -38,6 +38,7 @@ class AttentionSpec:
     dropout: float
     empty: str
     heads_last: bool
+    lowering: str
 
     @property
     def score(self) -> Program:
@@ -75,11 +76,13 @@ class Attention:
         v: Tensor,
         sink: Tensor | None,
         intervals: Tensor | None,
+        tiles: Tensor | None,
         seed: Tensor | None,
         captures: Sequence[Tensor],
         constants: Sequence[Any],
     ):
-        self.q, self.k, self.v, self.sink, self.intervals, self.seed = q, k, v, sink, intervals, seed
+        self.q, self.k, self.v, self.sink, self.intervals, self.query_tiles = q, k, v, sink, intervals, tiles
+        self.seed = seed
         self.captures, self.spec = list(captures), AttentionSpec(*constants)
         self.batch, self.heads, self.queries = q.shape[:3]
         self.key_heads, self.keys = k.shape[1:3]
@@ -88,8 +91,8 @@ class Attention:
     @classmethod
     def of(cls, arguments: Sequence[Any]) -> Attention:
         """From the operator's arguments."""
-        q, k, v, sink, intervals, seed, captures, *constants = arguments
-        return cls(q, k, v, sink, intervals, seed, captures, constants)
+        q, k, v, sink, intervals, tiles, seed, captures, *constants = arguments
+        return cls(q, k, v, sink, intervals, tiles, seed, captures, constants)
 
     @functools.cached_property
     def group(self) -> int:

@@ -7,6 +7,7 @@ Between forward and backward are kept: the inputs, out and lse; nothing [Sq, Sk]
 
     q [B, H, Sq, D], k [B, Hk, Sk, D], v [B, Hk, Sk, Dv], sink [H] or None: floating dtypes; H a multiple of Hk
     intervals [B or 1, Sq, 3] or None: int64, (lo, hi, count) a row (`fxopt.ops.key_intervals`)
+    tiles: `fxopt.ops.query_tiles` of these, for the backward by Triton kernels, or None
     seed: int64 scalar or None; captures: the tensors that program and predicate load
     the constants of `AttentionSpec` (fxopt.ops.attention_call)
 
@@ -24,33 +25,42 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from fxopt.ops import empty_rows, flash_tiles, score_tiles
+from fxopt.ops import attention_launch, empty_rows, flash_tiles, score_tiles
 from fxopt.ops.attention_call import Attention
 from fxopt.ops.attention_costs import backward_flops, backward_workspace, forward_flops, forward_workspace
 from fxopt.ops.attention_gradients import Gradients, Wanted, laid_out
+from fxopt.ops.launch import operator, runs_triton
 from fxopt.ops.registry import OpMemory
 
 __all__ = ["BACKWARD", "FORWARD", "MEMORY"]
 
 Maybe = Tensor | None
 
-_TENSORS = "Tensor q, Tensor k, Tensor v, Tensor? sink, Tensor? intervals, Tensor? seed, Tensor[] captures"
+_TENSORS = (
+    "Tensor q, Tensor k, Tensor v, Tensor? sink, Tensor? intervals, Tensor? tiles, Tensor? seed, Tensor[] captures"
+)
 _CONSTANTS = (
-    "str program, str predicate, float scale, int? lower, int? upper, float dropout, str empty, bool heads_last"
+    "str program, str predicate, float scale, int? lower, int? upper, float dropout, str empty, bool heads_last, "
+    "str lowering"
 )
 _WITHOUT_GRADIENT = _CONSTANTS.count(",") + 1
+_TENSOR_INPUTS = _TENSORS.count("Tensor")
 
 
 # --- fxopt::attention: constants are those of AttentionSpec ------------------------------------------------------
 
 
-@torch.library.custom_op(
-    "fxopt::attention", mutates_args=(), schema=f"({_TENSORS}, {_CONSTANTS}) -> (Tensor out, Tensor lse)"
-)
+def _on_triton(q: Tensor, *arguments: Any) -> bool:
+    return runs_triton(q, Attention.of((q, *arguments[: _TENSOR_INPUTS + _WITHOUT_GRADIENT - 1])).spec.lowering)
+
+
+@operator("fxopt::attention", f"({_TENSORS}, {_CONSTANTS}) -> (Tensor out, Tensor lse)", on_triton=_on_triton)
 def _forward(
-    q: Tensor, k: Tensor, v: Tensor, sink: Maybe, intervals: Maybe, seed: Maybe, captures: Sequence[Tensor], *rest: Any
+    q: Tensor, k: Tensor, v: Tensor, sink: Maybe, intervals: Maybe, tiles: Maybe, seed: Maybe, *rest: Any
 ) -> tuple[Tensor, Tensor]:
-    call = Attention(q, k, v, sink, intervals, seed, captures, rest)
+    call = Attention.of((q, k, v, sink, intervals, tiles, seed, *rest))
+    if runs_triton(q, call.spec.lowering):
+        return attention_launch.forward(call)
     with torch.autocast(q.device.type, enabled=False):
         if flash_tiles.can_compute(call):
             out, lse = _with_sink(call, *flash_tiles.forward(call))
@@ -70,34 +80,35 @@ def _with_sink(call: Attention, out: Tensor, lse: Tensor) -> tuple[Tensor, Tenso
 
 @_forward.register_fake
 def _fake_forward(
-    q: Tensor, k: Tensor, v: Tensor, sink: Maybe, intervals: Maybe, seed: Maybe, captures: Sequence[Tensor], *rest: Any
+    q: Tensor, k: Tensor, v: Tensor, sink: Maybe, intervals: Maybe, tiles: Maybe, seed: Maybe, *rest: Any
 ) -> tuple[Tensor, Tensor]:
-    call = Attention(q, k, v, sink, intervals, seed, captures, rest)
+    call = Attention.of((q, k, v, sink, intervals, tiles, seed, *rest))
     return call.new_out(), call.new_lse()
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, sink, intervals, seed, captures, *ctx.constants = inputs
+    *tensors, captures = inputs[:_TENSOR_INPUTS]
+    ctx.constants = inputs[_TENSOR_INPUTS:]
     out, lse = output
     ctx.mark_non_differentiable(lse)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(q, k, v, sink, intervals, seed, out, lse, *captures)
+    ctx.save_for_backward(*tensors, out, lse, *captures)
 
 
 def _backward(ctx: Any, upstream: Maybe, _: None) -> tuple[Any, ...]:
     """Gradients by q, k, v, sink and the captures; upstream is that of out [B, H, Sq, Dv]."""
     if torch.is_grad_enabled():
         raise RuntimeError("fxopt::attention cannot be differentiated twice: do without create_graph=True")
-    q, k, v, sink, _, _, captures, *_ = ctx.needs_input_grad
-    *inputs, out, lse = ctx.saved_tensors[:8]
-    loaded = list(ctx.saved_tensors[8:])
+    q, k, v, sink, _, _, _, captures, *_ = ctx.needs_input_grad
+    *inputs, out, lse = ctx.saved_tensors[: _TENSOR_INPUTS + 1]
+    loaded = list(ctx.saved_tensors[_TENSOR_INPUTS + 1 :])
     wanted = [q, k, v, sink, *captures]
     if upstream is None:
         found: list[Maybe] = [None] * len(wanted)
     else:
         *first, last = BACKWARD(upstream, *inputs, loaded, *ctx.constants, out, lse, wanted)
         found = [one if want else None for one, want in zip((*first, *last), wanted, strict=True)]
-    return (*found[:4], None, None, found[4:], *(None,) * _WITHOUT_GRADIENT)
+    return (*found[:4], None, None, None, found[4:], *(None,) * _WITHOUT_GRADIENT)
 
 
 _forward.register_autograd(_backward, setup_context=_setup_context)
@@ -106,23 +117,19 @@ _forward.register_autograd(_backward, setup_context=_setup_context)
 # --- fxopt::attention_backward: also what the forward found, and which gradients are wanted -----------------------
 
 
-@torch.library.custom_op(
+@operator(
     "fxopt::attention_backward",
-    mutates_args=(),
-    schema=f"(Tensor upstream, {_TENSORS}, {_CONSTANTS}, Tensor out, Tensor lse, bool[] wanted)"
+    f"(Tensor upstream, {_TENSORS}, {_CONSTANTS}, Tensor out, Tensor lse, bool[] wanted)"
     " -> (Tensor by_q, Tensor by_k, Tensor by_v, Tensor by_sink, Tensor[] by_captures)",
+    on_triton=lambda upstream, *arguments: _on_triton(*arguments),
 )
 def _gradients(upstream: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
     *inputs, out, lse, flags = arguments
     call, wanted = Attention.of(inputs), Wanted.of(flags)
-    with torch.autocast(out.device.type, enabled=False):
-        if flash_tiles.can_compute(call) and not any(wanted.captures):
-            gradients = Gradients(*flash_tiles.backward(call, upstream, out, lse), [None] * len(call.captures))
-        else:
-            gradients = Gradients.to_add_to(call, wanted)
-            score_tiles.backward(call, upstream, lse, gradients)
-        empty_rows.add_gradients(call, upstream, lse, gradients)
-        by_sink = _by_sink(call, upstream, out, lse) if wanted.sink else None
+    if runs_triton(call.q, call.spec.lowering):
+        gradients, by_sink = attention_launch.backward(call, upstream, out, lse, wanted)
+    else:
+        gradients, by_sink = _by_aten(call, upstream, out, lse, wanted)
     by_q, by_k, by_v, by_sink, *others = (
         laid_out(one, like) if want and one is not None and like is not None else out.new_empty(0)
         for one, like, want in zip(
@@ -133,6 +140,17 @@ def _gradients(upstream: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tenso
         )
     )
     return by_q, by_k, by_v, by_sink, others
+
+
+def _by_aten(call: Attention, upstream: Tensor, out: Tensor, lse: Tensor, wanted: Wanted) -> tuple[Gradients, Maybe]:
+    with torch.autocast(out.device.type, enabled=False):
+        if flash_tiles.can_compute(call) and not any(wanted.captures):
+            gradients = Gradients(*flash_tiles.backward(call, upstream, out, lse), [None] * len(call.captures))
+        else:
+            gradients = Gradients.to_add_to(call, wanted)
+            score_tiles.backward(call, upstream, lse, gradients)
+        empty_rows.add_gradients(call, upstream, lse, gradients)
+        return gradients, _by_sink(call, upstream, out, lse) if wanted.sink else None
 
 
 def _by_sink(call: Attention, upstream: Tensor, out: Tensor, lse: Tensor) -> Maybe:
@@ -149,7 +167,7 @@ def _by_sink(call: Attention, upstream: Tensor, out: Tensor, lse: Tensor) -> May
 @_gradients.register_fake
 def _fake_gradients(upstream: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
     *inputs, out, _, flags = arguments
-    likes = zip((*inputs[:4], *inputs[6]), flags, strict=True)
+    likes = zip((*inputs[:4], *inputs[_TENSOR_INPUTS - 1]), flags, strict=True)
     by_q, by_k, by_v, by_sink, *others = (
         torch.empty_like(like) if want and like is not None else out.new_empty(0) for like, want in likes
     )
@@ -161,12 +179,12 @@ def _fake_gradients(upstream: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, 
 
 @register_flop_formula(torch.ops.fxopt.attention)
 def _forward_flops(q: Any, k: Any, v: Any, *arguments: Any, **_: Any) -> int:
-    return forward_flops(q, k, v, arguments[4:])
+    return forward_flops(q, k, v, arguments[_TENSOR_INPUTS - 3 :])
 
 
 @register_flop_formula(torch.ops.fxopt.attention_backward)
 def _backward_flops(upstream: Any, q: Any, k: Any, v: Any, *arguments: Any, **_: Any) -> int:
-    *constants, _, _, flags = arguments[4:]
+    *constants, _, _, flags = arguments[_TENSOR_INPUTS - 3 :]
     return backward_flops(q, k, v, constants, Wanted.of(flags))
 
 

@@ -62,7 +62,7 @@ def _over_all_keys(call: Attention, empty: Tensor) -> Attention:
     """The call with all keys allowed, for rows that are empty in some head, and no others."""
     intervals = empty.any(1)[..., None] * torch.tensor([0, call.keys, call.keys], device=empty.device)
     spec = replace(call.spec, predicate="", lower=None, upper=None)
-    return Attention(call.q, call.k, call.v, None, intervals, None, call.captures, astuple(spec))
+    return Attention(call.q, call.k, call.v, None, intervals, None, None, call.captures, astuple(spec))
 
 
 def _poison(call: Attention, empty: Tensor, gradients: Gradients) -> None:

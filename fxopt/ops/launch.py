@@ -19,7 +19,16 @@ from fxopt.kernels.configs import Config
 from fxopt.kernels.interpreter import interpreting, repair_bf16
 from fxopt.kernels.source import Kernel
 
-__all__ = ["LOWERINGS", "Lowering", "count_blocks", "launch", "operator", "runs_triton"]
+__all__ = [
+    "LOWERINGS",
+    "Lowering",
+    "check_lowering",
+    "count_blocks",
+    "launch",
+    "operator",
+    "runs_triton",
+    "triton_dtype",
+]
 
 Lowering = Literal["auto", "aten", "interpret"]
 """How an operator is computed: "auto": by generated Triton kernels on CUDA, else by ATen; "aten": by ATen anywhere;
@@ -29,6 +38,12 @@ LOWERINGS: tuple[str, ...] = get_args(Lowering)
 
 MOST_BLOCKS = 2**31 - 1
 """Of the first axis of a CUDA grid, the only one that our kernels use: the others end at 65,535."""
+
+
+def check_lowering(lowering: str) -> None:
+    """Raise ValueError for a lowering that is none."""
+    if lowering not in LOWERINGS:
+        raise ValueError(f"lowering is {lowering!r}: it must be one of {', '.join(LOWERINGS)}")
 
 
 def runs_triton(like: Tensor, lowering: str) -> bool:
@@ -91,3 +106,22 @@ def operator(name: str, schema: str, on_triton: Callable[..., bool]) -> Callable
         return made
 
     return define
+
+
+def triton_dtype(dtype: torch.dtype) -> str:
+    """The name of `dtype` in a Triton signature, "bf16" say. Raises KeyError for one that kernels do not take."""
+    return _TRITON_DTYPES[dtype]
+
+
+_TRITON_DTYPES = {
+    torch.float64: "fp64",
+    torch.float32: "fp32",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.int64: "i64",
+    torch.int32: "i32",
+    torch.int16: "i16",
+    torch.int8: "i8",
+    torch.uint8: "u8",
+    torch.bool: "i1",
+}

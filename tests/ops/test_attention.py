@@ -371,11 +371,10 @@ def test_what_does_not_fit_is_named(error: type[Exception], message: str, change
 def arguments(one: Case) -> tuple[Any, ...]:
     """The operator's."""
     tensors, options = one.tensors, {"program": "", "predicate": "", "dropout": 0.0, "empty": "zero", **one.options}
-    names = ("lower", "upper", "dropout", "empty")
     return (
-        *(tensors.get(name) for name in ("q", "k", "v", "sink")), options.get("intervals"), options.get("seed"),
-        one.captures, str(options["program"]), str(options["predicate"]), 0.3, *(options.get(name) for name in names),
-        one.heads_last,
+        *(tensors.get(name) for name in ("q", "k", "v", "sink")), options.get("intervals"), None, options.get("seed"),
+        one.captures, str(options["program"]), str(options["predicate"]), 0.3,
+        *(options.get(name) for name in ("lower", "upper", "dropout", "empty")), one.heads_last, "auto",
     )  # fmt: skip
 
 
@@ -390,10 +389,10 @@ def test_fake_and_autograd_registrations_are_true(program: str, name: str, layou
     one.heads_last = layout == "contiguous"
     torch.library.opcheck(FORWARD, arguments(one))
     plain = [one.detach() if isinstance(one, Tensor) else one for one in arguments(one)]
-    plain[6] = [capture.detach() for capture in plain[6]]
+    plain[7] = [capture.detach() for capture in plain[7]]
     out, lse = FORWARD(*plain)
     for wanted in (True, False):
-        flags = [True, wanted, True, wanted, *(wanted and c.is_floating_point() for c in plain[6])]
+        flags = [True, wanted, True, wanted, *(wanted and c.is_floating_point() for c in plain[7])]
         torch.library.opcheck(BACKWARD, (torch.rand_like(out), *plain, out, lse, flags))
 
 
@@ -458,7 +457,7 @@ def test_the_memory_formula_bounds_what_the_allocator_sees(
     one = with_program(case(1, 4, 2, 2048, width=32, dtype=dtype, **limits), program, requires_grad=dropout > 0)
     one.options |= {"dropout": dropout, "seed": torch.tensor(0)}
     every = [t.detach() if isinstance(t, Tensor) else t for t in arguments(one)]
-    every[6] = [capture.detach() for capture in one.captures]
+    every[7] = [capture.detach() for capture in one.captures]
     out, lse = FORWARD(*every)
     flags = [True, True, True, False, *(capture.requires_grad for capture in one.captures)]
     for op, inputs in ((FORWARD, every), (BACKWARD, [torch.rand_like(out), *every, out, lse, flags])):
