@@ -72,7 +72,13 @@ def rewrite(gm: fx.GraphModule, inputs: Sequence[Any], stages: Stages) -> tuple[
         forced = rule.name in stages.options.force
 
         def apply(rule: Any = rule, forced: bool = forced, gm: fx.GraphModule = gm) -> Any:
-            outcome = apply_rule(rule, gm, force=forced, may_defer=stages.options.logits == "deferred")
+            outcome = apply_rule(
+                rule,
+                gm,
+                force=forced,
+                may_defer=stages.options.logits == "deferred",
+                lowering=stages.options.kernels,
+            )
             if stages.options.verify and outcome.rewrites:
                 with stages.timed("verify"):
                     same_function(gm, outcome.module, inputs)

@@ -22,6 +22,7 @@ from torch._ops import HigherOrderOperator, OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import guard_or_false
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -41,6 +42,7 @@ __all__ = [
     "disabled_torch_function",
     "fake_mode_of",
     "forbid_data_pointer",
+    "guard_or_false",
     "ignoring_fresh_symbols",
     "inductor_option_names",
     "is_traced",

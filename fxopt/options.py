@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from fxopt import compat
+from fxopt.kernels.interpreter import interpreting
+from fxopt.ops.launch import LOWERINGS, Lowering
 from fxopt.rule import Rule
 
 Logits = Literal["deferred", "eager"]
@@ -31,6 +33,9 @@ class Options:
               correctness never are.
     verify:   also compare every rewritten graph with the original in fp64, on the first inputs.
     dump:     directory for one runnable Python file a stage; ``FXOPT_DUMP`` sets the default.
+    kernels:  how fxopt's operators are computed: "auto" by generated Triton kernels on CUDA and by ATen elsewhere,
+              "aten" by ATen everywhere, "interpret" by the Triton kernels under Triton's interpreter, on a CPU and very
+              slowly (``TRITON_INTERPRET=1`` must be set before Python starts).
     inductor: ``torch._inductor.config`` entries for this compilation, as ``torch.compile`` takes them.
     """
 
@@ -39,6 +44,7 @@ class Options:
     force: tuple[str, ...] = ()
     verify: bool = False
     dump: Path | None = None
+    kernels: Lowering = "auto"
     inductor: tuple[tuple[str, Any], ...] = ()
 
     @classmethod
@@ -66,7 +72,7 @@ class Options:
     def cache_key(self) -> str:
         """What these options and the rules' versions add to the keys of torch's caches."""
         rules = " ".join(f"{rule.name}={rule.version}" for rule in self.active_rules())
-        return f"{rules} force={sorted(self.force)} logits={self.logits}"
+        return f"{rules} force={sorted(self.force)} logits={self.logits} kernels={self.kernels}"
 
     def active_rules(self) -> list[Rule]:
         """The rules these options leave in force, in the order they run."""
@@ -82,11 +88,23 @@ def _nearest(key: str, names: list[str]) -> str:
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
-def _logits(value: Any) -> Logits:
-    choices = list(get_args(Logits))
+def _one_of(name: str, choices: Sequence[str], value: Any) -> Any:
     if value not in choices:
-        raise OptionError(f"option logits={value!r}{_nearest(value, choices)} is not one of {choices}.")
+        raise OptionError(f"option {name}={value!r}{_nearest(value, list(choices))} is not one of {list(choices)}.")
     return value
+
+
+def _logits(value: Any) -> Logits:
+    return _one_of("logits", get_args(Logits), value)
+
+
+def _kernels(value: Any) -> Lowering:
+    if value == "interpret" and not interpreting():
+        raise OptionError(
+            'option kernels="interpret" runs kernels under Triton\'s interpreter, and triton was imported without it: '
+            "set TRITON_INTERPRET=1 in the environment before Python starts."
+        )
+    return _one_of("kernels", LOWERINGS, value)
 
 
 def _bool(value: Any) -> bool:
@@ -140,4 +158,12 @@ def _inductor(value: Any) -> tuple[tuple[str, Any], ...]:
     return tuple(value.items())
 
 
-_PARSERS = {"logits": _logits, "rules": _rules, "force": _force, "verify": _bool, "dump": _dump, "inductor": _inductor}
+_PARSERS = {
+    "logits": _logits,
+    "rules": _rules,
+    "force": _force,
+    "verify": _bool,
+    "dump": _dump,
+    "kernels": _kernels,
+    "inductor": _inductor,
+}

@@ -7,6 +7,7 @@ harm to the graph or to the rules after it.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -50,18 +51,21 @@ class Outcome:
     deferrable: list[str] = dataclasses.field(default_factory=list)
 
 
-def apply_rule(rule: Rule, gm: fx.GraphModule, *, force: bool = False, may_defer: bool = True) -> Outcome:
+def apply_rule(
+    rule: Rule, gm: fx.GraphModule, *, force: bool = False, may_defer: bool = True, lowering: str = "auto"
+) -> Outcome:
     """Rewrite every site of `rule` in a copy of the canonical graph `gm`, bodies included, and verify the copy.
 
     force:     ignore objections of cost.
     may_defer: whether an interior value that only graph outputs read may be left for the caller to compute.
+    lowering:  how operators of fxopt's are computed (`fxopt.ops.launch.Lowering`).
 
     Raises whatever the rule raises and `verify.VerificationError`; `gm` is untouched either way.
     """
     outcome = Outcome(copy_module(gm))
     modules = list(submodules(outcome.module))
     # A body's outputs are not the caller's: nothing in it can be deferred.
-    changes = [_apply_in(rule, one, outcome, force, may_defer and one is outcome.module) for one in modules]
+    changes = [_apply_in(rule, one, outcome, force, may_defer and one is outcome.module, lowering) for one in modules]
     if not any(change.rewrites for change in changes):
         return dataclasses.replace(outcome, module=gm)
     for module, change in zip(modules, changes, strict=True):
@@ -122,7 +126,7 @@ def _note_arguments(body: fx.GraphModule, call: fx.Node) -> None:
             placeholder.meta[OUTSIDE] = argument  # noted for the graph that this one is a copy of
 
 
-def _apply_in(rule: Rule, gm: fx.GraphModule, outcome: Outcome, force: bool, may_defer: bool) -> _Change:
+def _apply_in(rule: Rule, gm: fx.GraphModule, outcome: Outcome, force: bool, may_defer: bool, lowering: str) -> _Change:
     change = _Change()
     order = {node: index for index, node in enumerate(gm.graph.nodes)}
     gone: set[fx.Node] = set()
@@ -133,7 +137,7 @@ def _apply_in(rule: Rule, gm: fx.GraphModule, outcome: Outcome, force: bool, may
             continue
         if not gone.isdisjoint(found.nodes):
             continue  # an earlier site of this rule already covers it
-        found = found.renamed(moved)
+        found = dataclasses.replace(found.renamed(moved), lowering=lowering)
         reasons = [*illegal(found, order, may_defer), *rule.objections(found)]
         if force:
             reasons = [reason for reason in reasons if not isinstance(reason, Cost)]
@@ -185,6 +189,8 @@ def replace(
     """Put `replacement`, traced on the site's fake values, in the place of the site. Returns the new nodes' names."""
     names = [name for name, item in site.inputs.items() if isinstance(item, fx.Node)]
     constants = {name: item for name, item in site.inputs.items() if name not in names}
+    if "lowering" in inspect.signature(replacement).parameters:
+        constants["lowering"] = site.lowering
     anchor = place_of(site, order)
 
     def traced(*values: Any) -> Any:

@@ -53,6 +53,7 @@ class Site:
     detail:   a few words for the report.
     draws:    random nodes among `nodes` that the replacement draws anew. Their numbers come out different, their
               distribution must not; the random nodes outside the site keep their order.
+    lowering: ``options={"kernels": ...}``, which the engine notes before it asks for objections.
     """
 
     rule: str
@@ -62,6 +63,7 @@ class Site:
     deferrable: tuple[fx.Node, ...] = ()
     detail: str = ""
     draws: tuple[fx.Node, ...] = ()
+    lowering: str = "auto"
 
     @property
     def anchor(self) -> fx.Node:
@@ -167,7 +169,8 @@ class Rule:
     name:        how options, reports and errors call it.
     spellings:   plain PyTorch functions of the arguments that `inputs` draws: what users write. The laws of
                  `fxopt.testing` run over each of them.
-    replacement: called with a site's inputs by name, traced, and put in the graph.
+    replacement: called with a site's inputs by name, traced, and put in the graph. One that has a parameter `lowering`
+                 gets the site's.
     objections:  yields every reason to leave a site alone; `Cost` for reasons that are no matter of correctness.
                  No objections means rewrite.
     inputs:      draws arguments, by name, that the rule must accept.

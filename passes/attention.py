@@ -16,8 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from fxopt.fake import value_of
+from fxopt.kernels.attention_spec import MOST_WIDTH, unsupported
 from fxopt.ops.attention import attention
 from fxopt.ops.key_intervals import key_intervals
+from fxopt.ops.launch import runs_triton
 from fxopt.rule import Cost, Draw, NoSite, Region, Site
 from fxopt.score.attention_site import Found, of_sdpa, of_softmax, softmax_at
 from fxopt.score.formula import formula
@@ -138,6 +140,9 @@ def _detail(found: Found, mask: Mask) -> str:
 
 
 def _lowering(found: Found, mask: Mask) -> str:
+    """On a CPU by ATen, or by generated kernels; by interpreted ones on a CPU only where the options ask for that."""
+    if value_of(found.query.node).device.type == "cuda":
+        return "generated kernels"
     why_not = _why_no_flash(found)
     if why_not:
         return f"blocks of scores ({why_not})"
@@ -191,6 +196,7 @@ def replacement(
     output_shape: tuple[str, ...],
     sizes: tuple[Any, Any],
     members: int,
+    lowering: str = "auto",
     **captured: Tensor,
 ) -> Tensor:
     """The attention op on operands brought to [B, heads, positions, depth], and its result as the site has it."""
@@ -202,7 +208,7 @@ def replacement(
         _brought(one.arrange(x), (batch, count), compute_dtype)
         for one, x, count in zip(operands, (query, key, value), (heads, shared, shared), strict=True)
     )
-    if q.device.type != "cpu":
+    if q.device.type != "cpu" and not runs_triton(q, lowering):
         out = F.scaled_dot_product_attention(
             q, k, v, dropout_p=dropout, is_causal=band[1] == 0, scale=scale * (_factor(texts) or 1.0), enable_gqa=True
         )
@@ -218,7 +224,7 @@ def replacement(
         program=texts.get("program", ""),
         predicate=texts.get("predicate", ""),
         scale=scale, lower=band[0], upper=band[1],
-        dropout=dropout, empty=empty, heads_last=heads_last,
+        dropout=dropout, empty=empty, heads_last=heads_last, lowering=lowering,
     )  # fmt: skip
     return _shaped(out if out.dtype == output_dtype else out.to(output_dtype), output_shape, members)
 
@@ -300,17 +306,39 @@ def objections(site: Site) -> Iterator[str]:
     devices = {value.device for value in tensors.values()}
     if len(devices) > 1:
         yield f"queries, keys and values are on {', '.join(map(str, devices))}"
-    if any(device.type != "cpu" for device in devices):
+    if runs_triton(_narrowed(site), site.lowering):
+        yield from _objections_to_kernels(site)
+    elif any(device.type != "cpu" for device in devices):
         yield from _objections_off_the_cpu(site, next(iter(devices)))
     if site.outputs[0].target is aten.scaled_dot_product_attention.default and _is_flash_already(site):
         yield Cost("it has no mask tensor: torch's flash kernel runs here already")
 
 
+def _narrowed(site: Site) -> Tensor:
+    """A query as the op will see it."""
+    return site.value("query").new_empty(0, dtype=site.inputs["compute_dtype"])
+
+
+def _objections_to_kernels(site: Site) -> Iterator[str]:
+    """What generated kernels cannot do; the rest of attention they can."""
+    programs = dict(site.inputs["programs"])
+    reason = unsupported(programs.get("program", ""), programs.get("predicate", ""))
+    if reason:
+        yield f"no kernel can be generated: {reason}"
+    if site.inputs["compute_dtype"] == torch.float64:
+        yield "no kernel can be generated: products of float64"
+    operands = dict(zip(("query", "value"), (site.inputs["operands"][0], site.inputs["operands"][2]), strict=True))
+    for name, operand in operands.items():
+        size = site.value(name).shape[operand.axes.index("column")]
+        if type(size) is not int or size > MOST_WIDTH:
+            yield f"no kernel can be generated: heads of {name} have {size} entries, and {MOST_WIDTH} fit in a tile"
+
+
 def _objections_off_the_cpu(site: Site, device: torch.device) -> Iterator[str]:
-    """There, what `scaled_dot_product_attention` has a flag for goes to it, and the rest has no lowering yet."""
+    """By ATen there, what `scaled_dot_product_attention` has a flag for goes to it, and the rest has no lowering."""
     programs = dict(site.inputs["programs"])
     if _factor(programs) is None or set(programs) - {"program"} or site.inputs["band"] not in _FLAGGED:
-        yield f"on {device} only plain and causal attention is rewritten: more than that has no lowering of fxopt's yet"
+        yield f"by ATen on {device} only plain and causal attention is rewritten: more needs kernels='auto' and CUDA"
 
 
 _FLAGGED = ((None, None), (None, 0))

@@ -78,8 +78,12 @@ def replacement(
     label_smoothing: float,
     reduction: str,
     negate: bool = False,
+    lowering: str = "auto",
 ) -> Tensor:
-    """The loss of the moved rows of `hidden`; casts that autocast would have made are made here."""
+    """The loss of the moved rows of `hidden`; casts that autocast would have made are made here.
+
+    lowering: how the op is computed (`fxopt.ops.launch`).
+    """
     rows = moved_rows(hidden, moves)
     loss = linear_cross_entropy(
         rows.reshape(-1, rows.shape[-1]).to(compute_dtype),
@@ -91,6 +95,7 @@ def replacement(
         ignore_index=ignore_index,
         label_smoothing=label_smoothing,
         reduction=reduction,
+        lowering=lowering,
     ).to(loss_dtype)
     if reduction == "none":
         loss = loss.reshape(target.shape if target.dim() == loss_rank else target.shape[:-1])

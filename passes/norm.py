@@ -18,6 +18,7 @@ from torch import Tensor, fx
 from fxopt.effects import mutated_arguments, storage_of
 from fxopt.fake import value_of
 from fxopt.ops.norm import NormSpec, norm
+from fxopt.ops.norm_launch import can_compute
 from fxopt.ops.products import accumulate_dtype
 from fxopt.rewrite import illegal
 from fxopt.rule import Cost, Draw, Pattern, Site
@@ -74,10 +75,12 @@ def replacement(
     residual: Tensor | None = None,
     output: torch.dtype | None = None,
     contiguous: bool = False,
+    lowering: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The norm in one op, and the new residual stream where there is a `residual` to add.
 
     output: the result's dtype, where `form` does not say. contiguous: whether results are, whatever x is.
+    lowering: how the op is computed (`fxopt.ops.launch`).
     """
     if form.weight == "plus one":
         weight = None if weight is None else weight + 1
@@ -89,7 +92,7 @@ def replacement(
     x = x.contiguous() if contiguous else x
     if form.gate_first and gate is not None:
         x, gate = x.to(torch.float32) * F.silu(gate.to(torch.float32)), None
-    out, stream = norm(x, weight, bias, spec=spec, residual=residual, gate=gate)
+    out, stream = norm(x, weight, bias, spec=spec, residual=residual, gate=gate, lowering=lowering)
     return out if stream is None else (out, stream)
 
 
@@ -131,15 +134,25 @@ def objections(site: Site) -> Iterator[str]:
     else:
         yield from _surprises(site)
     yield from _written_later(site)
-    yield _cost(values["x"].device.type)
+    yield from _costs(site)
 
 
-def _cost(device: str) -> Cost:
-    if device == "cpu":
-        return Cost(
+def _costs(site: Site) -> Iterator[Cost]:
+    """Where the op is computed by ATen: Inductor's fused norm is what a generated kernel is, and ATen is not."""
+    x = site.value("x")
+    weight, bias, gate = (site.value(name) if name in site.inputs else None for name in ("weight", "bias", "gate"))
+    generated = can_compute(x, weight, bias, gate, site.inputs["form"].spec(x, weight, bias, None))
+    if generated and (site.lowering == "interpret" or (site.lowering == "auto" and x.device.type == "cuda")):
+        return
+    if x.device.type == "cpu":
+        yield Cost(
             "Inductor fuses this norm as well on a CPU (bench/norm.py: the op of fxopt takes 3 to 10 times as long)"
         )
-    return Cost(f"Inductor fuses this norm as well, and fxopt has no kernel of its own for {device} yet")
+    else:
+        yield Cost(
+            f"Inductor fuses this norm as well, and for {str(x.dtype).removeprefix('torch.')} on {x.device.type} with "
+            f"kernels={site.lowering!r} fxopt has no kernel of its own"
+        )
 
 
 def _surprises(site: Site) -> Iterator[str]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import os
+import re
+import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -11,9 +13,12 @@ from graphs import LargestDraw
 from torch import Tensor
 
 from fxopt.capture import trace
+from fxopt.kernels.cards import CARDS
+from fxopt.kernels.catalog import catalog
 from fxopt.passes.attention import RULE
 from fxopt.rewrite import apply_rule
 
+EXCERPT = re.compile(r'(<!-- source:(.+?)(?: from "(.+)" to "(.+)")? -->\n).*?(<!-- source:end -->)', re.DOTALL)
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 
 
@@ -47,3 +52,26 @@ def test_table_of_spellings_is_what_the_rule_finds() -> None:
         path.write_text(before + begin + table + end + after)
     else:
         assert written == table, "docs/attention.md is out of date: run this test with FXOPT_WRITE_DOCS=1"
+
+
+def test_kernels_are_shown_as_they_are_generated() -> None:
+    path = DOCS / "kernels.md"
+    written = path.read_text()
+    shown = EXCERPT.sub(excerpt, written)
+    assert len(EXCERPT.findall(written)) == 2
+    if os.environ.get("FXOPT_WRITE_DOCS"):
+        path.write_text(shown)
+    else:
+        assert written == shown, "docs/kernels.md is out of date: run this test with FXOPT_WRITE_DOCS=1"
+
+
+def excerpt(found: re.Match[str]) -> str:
+    """The source of the kernel that a marker names, or its lines from the first that is given to the second."""
+    before, name, first, last, after = found.groups()
+    lines = next(one.kernel.source for one in catalog(CARDS[0]) if one.name == name).splitlines()
+    if first is not None:
+        lines = lines[lines.index(first) : lines.index(last)]
+    else:
+        lines = lines[lines.index("@triton.jit") :]
+    text = "\n".join(lines)
+    return f"{before}```python\n{textwrap.dedent(text)}\n```\n{after}"

@@ -73,12 +73,14 @@ def test_wheel_holds_every_module(wheel: Path) -> None:
     assert wheel_modules(wheel) == tree_modules()
 
 
-def test_wheel_says_that_it_is_typed(wheel: Path) -> None:
+def test_wheel_holds_what_is_not_python(wheel: Path) -> None:
+    templates = {path.relative_to(ROOT).as_posix() for path in (ROOT / "fxopt").rglob("*.jinja")}
+    assert len(templates) > 5
     with zipfile.ZipFile(wheel) as archive:
-        assert "fxopt/py.typed" in archive.namelist()
+        assert templates | {"fxopt/py.typed"} <= set(archive.namelist())
 
 
-def test_backend_is_found_by_name_where_the_wheel_is_unpacked(wheel: Path, tmp_path: Path) -> None:
+def test_backend_and_command_are_found_by_name_where_the_wheel_is_unpacked(wheel: Path, tmp_path: Path) -> None:
     site = tmp_path / "site"
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(site)
@@ -93,10 +95,14 @@ assert callable(backend), backend
 import fxopt, fxopt.passes, torch
 assert fxopt.__file__.startswith({str(site)!r}), fxopt.__file__
 assert "fxopt" in torch.compiler.list_backends(), torch.compiler.list_backends()
+(command,) = [e for e in distribution("fxopt").entry_points if e.group == "console_scripts"]
+assert command.name == "fxopt", command
+assert command.load()(["kernels", "--source", "norm_forward rms 4096 bf16"]) == 0
 """
     command = [sys.executable, "-c", script]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+    assert "def norm_forward(" in done.stdout, "templates are found in the wheel"
 
 
 def test_sdist_builds_the_same_wheel(source: Path, tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from torch import Tensor, fx, nn
 import fxopt
 from fxopt import backend as pipeline
 from fxopt.differential import same_function
+from fxopt.ops.norm_operator import FORWARD
 from fxopt.passes.norm import RULE
 from fxopt.rewrite import Outcome, apply_rule
 
@@ -334,6 +335,19 @@ def test_left_to_inductor_on_a_cpu_unless_forced() -> None:
     (refusal,) = outcome.refusals
     assert refusal.cost
     assert "Inductor fuses this norm as well on a CPU" in refusal.reasons[0]
+
+
+def test_rewritten_unforced_where_a_kernel_is_generated() -> None:
+    outcome = apply_rule(RULE, captured(rms, *tensors("x", "weight")).module, lowering="interpret")
+    assert not outcome.refusals
+    (node,) = outcome.module.graph.find_nodes(op="call_function", target=FORWARD)
+    assert node.args[-1] == "interpret"
+
+
+def test_there_is_no_kernel_for_float64() -> None:
+    graph = captured(F.rms_norm, torch.ones(2, 3, WIDTH, dtype=torch.float64), [WIDTH]).module
+    (refusal,) = apply_rule(RULE, graph, lowering="interpret").refusals
+    assert refusal.cost
 
 
 # --- models ------------------------------------------------------------------------------------------------------

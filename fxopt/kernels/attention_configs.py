@@ -27,47 +27,91 @@ def row_config(card: Card) -> Config:
 def configs(kernel: str, spec: AttentionKernelSpec, card: Card) -> tuple[Config, ...]:
     """Candidates for "attention_forward", "attention_backward_q", "..._kv" or "..._pairs", the default first.
 
-    Shared memory holds the tile that stays and `num_stages` of those that pass: what does not fit is left out. The
-    default is the first that fits of a list ordered by size of tile, which is what reuse of loads goes by.
+    Defaults are the largest tiles that spill next to nothing when compiled for the card (`fxopt kernels` shows them).
+    Products of fp32 are not computed by tensor cores, and hold operands in registers: their tiles are small.
     """
+    which = kernel.removeprefix("attention_backward_").removeprefix("attention_")
     if not card.arch:
-        wide = "kv" in kernel
-        return (Config((("BLOCK_Q", 16), ("BLOCK_K", 16 if wide else 32))),)
-    found = [one for one in _CANDIDATES[kernel.removeprefix("attention_")] if _fits(kernel, one, spec, card)]
-    return tuple(found) or (_config(16, 16, 4, 1),)
+        return (_config(16, 16 if which == "kv" else 32, 4, 1),)
+    found = [_DEFAULTS[which][_class_of(spec, card)], *_OTHERS[spec.dtype == "fp32"]]
+    return tuple(dict.fromkeys(one for one in found if _fits(which, one, spec, card)))
+
+
+def _class_of(spec: AttentionKernelSpec, card: Card) -> tuple[str, int, str]:
+    """(operands, head size, card) as `_DEFAULTS` has them."""
+    size = max(spec.depth, spec.width)
+    operands = "fp32" if spec.dtype == "fp32" else "half"
+    widths = (64, 96, 128, 256) if operands == "half" else (64, 256)
+    shared = "ampere" if card.arch < 90 else "hopper"
+    return (
+        operands,
+        next(width for width in widths if size <= width or width == 256),
+        ("consumer" if card.shared < 100 * 1024 else shared),
+    )
 
 
 def _config(rows: int, columns: int, warps: int, stages: int) -> Config:
     return Config((("BLOCK_Q", rows), ("BLOCK_K", columns)), warps, stages)
 
 
-_FORWARD = [
-    _config(128, 128, 8, 3), _config(128, 64, 8, 3), _config(128, 64, 4, 3), _config(128, 64, 8, 2), _config(128, 32, 4, 3),
-    _config(64, 64, 4, 3), _config(64, 64, 4, 2), _config(64, 32, 4, 3), _config(64, 32, 4, 2), _config(32, 32, 4, 2),
-    _config(32, 32, 4, 1), _config(16, 32, 2, 2), _config(16, 16, 2, 1),
-]  # fmt: skip
-_BACKWARD = [
-    _config(128, 64, 8, 2), _config(64, 64, 8, 2), _config(64, 64, 4, 2), _config(64, 32, 4, 3), _config(64, 32, 4, 2), _config(32, 64, 4, 2),
-    _config(32, 32, 4, 2), _config(32, 32, 4, 1), _config(16, 32, 2, 1), _config(16, 16, 2, 1),
-]  # fmt: skip
-_CANDIDATES = {
-    "forward": _FORWARD,
-    "backward_q": _BACKWARD,
-    "backward_kv": [_config(one.tiles[1][1], one.tiles[0][1], one.num_warps, one.num_stages) for one in _BACKWARD],
-    "backward_pairs": [_config(64, 64, 8, 2), _config(64, 64, 4, 1), _config(32, 32, 4, 1), _config(16, 16, 2, 1)],
-}
+_CARDS = ("consumer", "ampere", "hopper")
+"""99 KiB of shared memory; 163 (sm_80); 227 (sm_90, sm_100)."""
+
+_Row = tuple[tuple[int, int, int, int], ...]
 
 
-def _fits(kernel: str, config: Config, spec: AttentionKernelSpec, card: Card) -> bool:
-    """By the estimate that what passes is held `num_stages` times, and what stays once; registers by fp32 totals."""
+def _table(rows: dict[tuple[str, int], _Row]) -> dict[tuple[str, int, str], Config]:
+    return {(*key, card): _config(*one) for key, row in rows.items() for card, one in zip(_CARDS, row, strict=True)}
+
+
+_DEFAULTS = {
+    "forward": _table({
+        ("half", 64): ((128, 64, 8, 3),) * 3,
+        ("half", 96): ((128, 64, 8, 3),) * 3,
+        ("half", 128): ((64, 64, 4, 2), (128, 64, 8, 3), (128, 64, 8, 3)),
+        ("half", 256): ((32, 32, 4, 2), (64, 32, 4, 3), (64, 32, 4, 2)),
+        ("fp32", 64): ((32, 32, 4, 2),) * 3,
+        ("fp32", 256): ((16, 16, 4, 1),) * 3,
+    }),
+    "q": _table({
+        ("half", 64): ((128, 64, 8, 2),) * 3,
+        ("half", 96): ((64, 32, 8, 2), (64, 64, 8, 2), (64, 64, 8, 2)),
+        ("half", 128): ((64, 64, 8, 2),) * 3,
+        ("half", 256): ((32, 32, 4, 2), (64, 32, 8, 2), (64, 64, 8, 2)),
+        ("fp32", 64): ((32, 32, 4, 2),) * 3,
+        ("fp32", 256): ((16, 16, 4, 1),) * 3,
+    }),
+    "kv": _table({
+        ("half", 64): ((32, 64, 4, 2), (32, 64, 4, 2), (64, 64, 8, 2)),
+        ("half", 96): ((16, 32, 4, 1),) * 3,
+        ("half", 128): ((64, 64, 8, 2), (64, 64, 8, 2), (64, 32, 8, 2)),
+        ("half", 256): ((32, 32, 4, 1),) * 3,
+        ("fp32", 64): ((16, 32, 4, 1),) * 3,
+        ("fp32", 256): ((16, 16, 4, 1),) * 3,
+    }),
+    "pairs": _table({
+        **{("half", width): ((32, 32, 4, 1),) * 3 for width in (64, 96, 128, 256)},
+        **{("fp32", width): ((16, 16, 4, 1),) * 3 for width in (64, 256)},
+    }),
+}  # fmt: skip
+
+_OTHERS = (
+    [
+        _config(*one)
+        for one in (
+            (128, 128, 8, 3), (128, 64, 8, 3), (128, 64, 4, 3), (128, 32, 4, 3), (64, 128, 8, 2), (64, 64, 8, 2),
+            (64, 64, 4, 3), (64, 64, 4, 2), (64, 32, 8, 2), (64, 32, 4, 2), (32, 64, 4, 2), (32, 32, 4, 2),
+        )
+    ],
+    [_config(*one) for one in ((64, 32, 8, 2), (32, 32, 8, 1), (32, 32, 4, 1), (16, 32, 4, 1), (16, 16, 2, 1))],
+)  # fmt: skip
+"""What tuning tries besides: of half precision, and of fp32."""
+
+
+def _fits(which: str, config: Config, spec: AttentionKernelSpec, card: Card) -> bool:
+    """Whether shared memory holds the tile that stays, and all but one of the `num_stages` tiles that pass."""
     rows, columns = (size for _, size in config.tiles)
     d, v = (sum(length for _, length, _ in parts_of(size)) for size in (spec.depth, spec.width))
-    size = _BYTES[spec.dtype]
-    if kernel.endswith("forward"):
-        stays, passes, totals = rows * d, columns * (d + v), rows * (v + columns)
-    elif kernel.endswith("kv"):
-        stays, passes, totals = columns * (d + v), rows * (d + v), columns * (d + v + 2 * rows)
-    else:
-        stays, passes, totals = rows * (d + v), columns * (d + v), rows * (d + 2 * columns)
-    shared = size * (stays + passes * config.num_stages + rows * columns)
-    return shared <= card.shared and totals <= 128 * 32 * config.num_warps
+    stays, passes = (columns * (d + v), rows * (d + v)) if which == "kv" else (rows * d, columns * (d + v))
+    held = stays + passes * max(config.num_stages - 1, 1)
+    return _BYTES[spec.dtype] * held <= card.shared

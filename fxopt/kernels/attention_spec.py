@@ -11,7 +11,7 @@ from fxopt.score.access import Access
 from fxopt.score.program import Program
 from fxopt.score.term import Term, variable
 
-__all__ = ["ACROSS", "DOWN", "AttentionKernelSpec", "Emitted", "emitted", "parts_of", "unsupported"]
+__all__ = ["ACROSS", "DOWN", "MOST_WIDTH", "AttentionKernelSpec", "Emitted", "emitted", "parts_of", "unsupported"]
 
 LOG2E = 1.4426950408889634
 """Exponentials are base 2, which is the instruction that cards have."""
@@ -21,6 +21,10 @@ DOWN, ACROSS = "[:, None]", "[None, :]"
 
 SMALLEST = 16
 """Rows, columns and depth of a tile of `tl.dot`, at least."""
+
+
+MOST_WIDTH = 256
+"""Entries of a head that a tile holds: with 512 not even 16 rows of q, k and v fit a block's registers."""
 
 
 @dataclass(frozen=True)

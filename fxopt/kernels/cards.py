@@ -2,44 +2,74 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
-__all__ = ["CARDS", "INTERPRETER", "Card", "card_of"]
+__all__ = ["CARDS", "GFX942", "INTERPRETER", "TARGETS", "Card", "card_of", "multiprocessors_of"]
 
 
 @dataclass(frozen=True)
 class Card:
-    """One architecture.
+    """One architecture, or one card of it.
 
-    name: "sm_86". arch: 86; 0 for the interpreter. shared: bytes of shared memory that a block may use at most.
-    registers: 32-bit registers of a multiprocessor.
+    name: "sm_86". arch: 86; 942 for gfx942, 0 for the interpreter. shared: bytes of shared memory that a block may use
+    at most. registers: 32-bit registers of a multiprocessor. model: "NVIDIA GeForce RTX 3090", what timings are kept
+    by; empty where there is no card to take any on. backend: "cuda" or "hip".
     """
 
     name: str
     arch: int
     shared: int
     registers: int = 65536
+    model: str = ""
+    backend: str = "cuda"
 
 
 CARDS = tuple(
-    Card(f"sm_{arch}", arch, kib * 1024) for arch, kib in ((80, 163), (86, 99), (89, 99), (90, 227), (100, 227), (120, 99))
+    Card(f"sm_{arch}", arch, kib * 1024)
+    for arch, kib in ((80, 163), (86, 99), (89, 99), (90, 227), (100, 227), (120, 99))
 )
 """The architectures that kernels are compiled for offline (CUDA programming guide, table of compute capabilities)."""
+
+GFX942 = Card("gfx942", 942, 64 * 1024, registers=4 * 512 * 64, backend="hip")
+"""AMD's MI300: compiled offline to see that the source is portable (CDNA3 ISA, 64 KiB of LDS a workgroup)."""
+
+TARGETS = (*CARDS, GFX942)
 
 INTERPRETER = Card("interpreter", 0, 227 * 1024)
 """Triton's interpreter, which takes tiles of any size, and is slow by the tile: small ones show more in tests."""
 
 
+@functools.cache
 def card_of(device: torch.device) -> Card:
-    """The card that `device` is; a newer architecture than any known gets the limits that its driver tells."""
+    """The card that `device` is; an architecture that is not known gets the limits that its driver tells.
+
+    Where there is no CUDA to ask (fake tensors on a machine without a card): the first of `CARDS`.
+    """
     if device.type != "cuda":
         return INTERPRETER
-    major, minor = torch.cuda.get_device_capability(device)
-    known = {card.arch: card for card in CARDS}
-    arch = 10 * major + minor
-    if arch in known:
-        return known[arch]
-    limit = getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 99 * 1024)
-    return Card(f"sm_{arch}", arch, int(limit))
+    if not torch.cuda.is_available():
+        return CARDS[0]
+    properties = torch.cuda.get_device_properties(device)
+    return replace(_architecture(properties), model=torch.cuda.get_device_name(device))
+
+
+def _architecture(properties: Any) -> Card:
+    """By what torch says of a device; ROCm's have a name for their architecture, "gfx942:sramecc+:xnack-"."""
+    arch = 10 * properties.major + properties.minor
+    name = f"sm_{arch}" if torch.version.hip is None else properties.gcnArchName.split(":")[0]
+    limit = getattr(properties, "shared_memory_per_block_optin", 99 * 1024)
+    backend = "cuda" if torch.version.hip is None else "hip"
+    known = {card.name: card for card in TARGETS}
+    return known.get(name, Card(name, arch, int(limit), backend=backend))
+
+
+@functools.cache
+def multiprocessors_of(device: torch.device) -> int:
+    """How many multiprocessors `device` has: 1 under the interpreter, an A100's where there is no CUDA to ask."""
+    if device.type != "cuda":
+        return 1
+    return torch.cuda.get_device_properties(device).multi_processor_count if torch.cuda.is_available() else 108

@@ -17,9 +17,10 @@ from triton import knobs
 __all__ = ["interpreting", "repair_bf16"]
 
 _OPERATORS = (
-    "fadd fsub fmul fdiv fneg frem fma clampf fabs precise_divf exp exp2 log log2 sqrt rsqrt precise_sqrt sin cos erf "
-    "floor ceil minimumf minnumf maximumf maxnumf"
-).split()
+    *("fadd", "fsub", "fmul", "fdiv", "fneg", "frem", "fma", "clampf", "fabs", "precise_divf"),
+    *("exp", "exp2", "log", "log2", "sqrt", "rsqrt", "precise_sqrt", "sin", "cos", "erf", "floor", "ceil"),
+    *("minimumf", "minnumf", "maximumf", "maxnumf"),
+)
 
 
 def interpreting() -> bool:

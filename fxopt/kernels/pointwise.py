@@ -48,7 +48,7 @@ class Emitter:
         Raises `CannotEmit`.
         """
         added: list[str] = []
-        for term in dict.fromkeys(part for term in terms for part in _below(term, self.names)):
+        for term in dict.fromkeys(part for result in terms for part in _below(result, self.names)):
             if term not in self.names and term.op != "const" and only(term):
                 name = f"{self.prefix}{len(self.names)}"
                 added.append(f"{name} = {self._expression(term)}")

@@ -21,7 +21,7 @@ from typing import Any
 
 import jinja2
 
-__all__ = ["Kernel", "cache_directory", "render"]
+__all__ = ["Kernel", "cache_directory", "render", "write_whole"]
 
 _ENVIRONMENT = jinja2.Environment(
     loader=jinja2.PackageLoader("fxopt.kernels"),
@@ -79,7 +79,8 @@ def _load(kernel: Kernel) -> Any:
     name = f"fxopt_generated_{kernel.name}_{kernel.key}"
     path = _written(kernel)
     spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # so that inspect finds the module of its functions
     # Without the file (a cache that somebody empties) tracebacks and Triton still have the text.
@@ -89,14 +90,23 @@ def _load(kernel: Kernel) -> Any:
 
 
 def _written(kernel: Kernel) -> Path:
-    """The file, written whole or not at all: processes share the directory."""
     path = kernel.path
     if not path.is_file() or path.read_text() != kernel.source:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
-            file.write(kernel.source)
-        os.replace(file.name, path)
+        write_whole(path, kernel.source)
     return path
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file whole or not at all, its directories too: processes share the cache. Raises OSError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
+        try:
+            file.write(text)
+            file.flush()
+            os.replace(file.name, path)
+        except OSError:
+            os.unlink(file.name)
+            raise
 
 
 def cache_directory() -> Path:

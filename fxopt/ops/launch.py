@@ -65,9 +65,9 @@ def launch(kernel: Kernel, blocks: int, arguments: Mapping[str, Any], config: Co
 
     No blocks: nothing is launched. Raises ValueError for more blocks than a grid has.
     """
-    if blocks == 0:
+    if compat.guard_or_false(blocks == 0):
         return
-    if blocks > MOST_BLOCKS:
+    if compat.guard_or_false(blocks > MOST_BLOCKS):
         raise ValueError(f"{kernel.name} would need {blocks} blocks, and a grid has at most {MOST_BLOCKS}")
     function, tiles = kernel.load(), dict(config.tiles)
     warps = {"num_warps": config.num_warps, "num_stages": config.num_stages}

@@ -9,9 +9,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fxopt.ops.launch import check_lowering
+from fxopt.ops.loss_costs import recomputes
 from fxopt.ops.loss_operator import FORWARD
+from fxopt.ops.loss_spec import Wanted
 
-__all__ = ["linear_cross_entropy"]
+__all__ = ["linear_cross_entropy", "linear_cross_entropy_and_argmax"]
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -25,22 +28,28 @@ def linear_cross_entropy(
     scale: float = 1.0,
     softcap: float | None = None,
     label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
     ignore_index: int = -100,
     reduction: str = "mean",
+    recompute: bool | None = None,
+    lowering: str = "auto",
 ) -> Tensor:
     """Cross-entropy of a linear layer's outputs without the outputs.
 
     Equals ``F.cross_entropy(z.float(), target, ...)`` with ``l = scale * (hidden @ weight.T + bias)`` and
-    ``z = softcap * tanh(l / softcap)``, or ``z = l`` without a softcap. Logits are rounded to the inputs' dtype once,
-    by the matrix product; all after that is fp32.
+    ``z = softcap * tanh(l / softcap)``, or ``z = l`` without a softcap, plus for each row ``z_loss * logsumexp(z)**2``.
+    Logits are rounded to the inputs' dtype once, by the matrix product, or not at all; all after that is fp32.
 
     Args:
         hidden: [..., H], of any strides.
         weight: [V, H], of hidden's dtype; a transposed [H, V] is as good, and gets a gradient of that layout.
         bias: [V], of hidden's dtype, or None.
         target: class indices, int64, hidden's shape without H, or the same number of them in any shape.
-        scale, softcap, label_smoothing, ignore_index: constants. The softcap is positive or None.
+        scale, softcap, label_smoothing, z_loss, ignore_index: constants. The softcap is positive or None.
         reduction: "mean" (over the rows not ignored; NaN if all are), "sum" or "none".
+        recompute: whether the backward computes the logits again, rather than the forward the gradients; None: what
+            `fxopt.ops.loss_costs` finds better. With "none" and a trained weight or bias there is no choice.
+        lowering: how it is computed (`fxopt.ops.launch`).
 
     Returns:
         A scalar, or for "none" the losses in target's shape. fp32 (fp64 for fp64 inputs), also for bf16 and fp16: cast
@@ -48,22 +57,75 @@ def linear_cross_entropy(
 
     Raises:
         ValueError, TypeError: for shapes, dtypes or options that do not fit.
-        IndexError: at run time on a CPU, for a target outside [0, V) that is not `ignore_index`.
+        IndexError: at run time on a CPU, for a target outside [0, V) that is not `ignore_index`. On a GPU the loss is
+            NaN then.
         RuntimeError: in the backward, if it is to be differentiated again (``create_graph=True``).
 
     Gradients are computed for the inputs that require them where grad mode is on, both as they are when this is called
     or traced. Ambient autocast is not looked at: cast the arguments.
     """
+    loss, _ = _call(
+        hidden, weight, bias, target, scale, softcap, label_smoothing, z_loss, ignore_index, reduction, False,
+        recompute, lowering,
+    )  # fmt: skip
+    return loss
+
+
+def linear_cross_entropy_and_argmax(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    *,
+    scale: float = 1.0,
+    softcap: float | None = None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    recompute: bool | None = None,
+    lowering: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """`linear_cross_entropy`, and from the same pass the class of each row's largest logit.
+
+    That is int64, in target's shape, the first of several that are largest, and -1 where the row is ignored, so that
+    ``(argmax == target).sum() / (target != ignore_index).sum()`` is the accuracy.
+    """
+    return _call(
+        hidden, weight, bias, target, scale, softcap, label_smoothing, z_loss, ignore_index, reduction, True,
+        recompute, lowering,
+    )  # fmt: skip
+
+
+def _call(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    scale: float,
+    softcap: float | None,
+    label_smoothing: float,
+    z_loss: float,
+    ignore_index: int,
+    reduction: str,
+    argmax: bool,
+    recompute: bool | None,
+    lowering: str,
+) -> tuple[Tensor, Tensor]:
     _check_options(softcap, label_smoothing, reduction)
+    check_lowering(lowering)
     _check_tensors(hidden, weight, bias, target)
     training = torch.is_grad_enabled()
-    losses, *_ = FORWARD(
+    wanted = Wanted(*(training and one is not None and one.requires_grad for one in (hidden, weight, bias)))
+    if recompute is None:
+        recompute = recomputes(hidden, weight, target.numel(), wanted, lowering)
+    loss, *_, best = FORWARD(
         hidden.reshape(-1, hidden.shape[-1]), weight, bias, target.reshape(-1),
-        scale, softcap or 0.0, label_smoothing, ignore_index, reduction,
-        training and hidden.requires_grad, training and weight.requires_grad,
-        training and bias is not None and bias.requires_grad,
+        scale, softcap or 0.0, label_smoothing, z_loss, ignore_index, reduction, argmax, *wanted.flags, recompute,
+        lowering,
     )  # fmt: skip
-    return losses.reshape(target.shape) if reduction == "none" else losses
+    shape = target.shape
+    return loss.reshape(shape) if reduction == "none" else loss, best.reshape(shape) if argmax else best
 
 
 def _check_options(softcap: float | None, label_smoothing: float, reduction: str) -> None:

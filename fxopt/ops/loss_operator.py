@@ -1,17 +1,24 @@
 """The operators of a linear layer's cross-entropy: schema, fake, autograd, flops and memory.
 
-    fxopt::linear_cross_entropy           losses, and for mean and sum the gradients too, while a chunk's logits are
-                                          there: three matrix products in all, none of them recomputed
-    fxopt::linear_cross_entropy_backward  gradients where each row has an upstream gradient of its own (reduction
-                                          "none" with a trained weight or bias): logits recomputed, a fourth product
+    fxopt::linear_cross_entropy           losses; where gradients do not wait for the backward, these too, while a
+                                          chunk's logits are there: three matrix products in all, none recomputed
+    fxopt::linear_cross_entropy_backward  gradients that waited: logits are computed again, a fourth product
 
-Between forward and backward only hidden- and weight-shaped tensors are kept, and nothing [N, V]. Arguments:
+Gradients wait where each row has an upstream gradient of its own (reduction "none" with a trained weight or bias), and
+where `recompute` says so. Between forward and backward only hidden- and weight-shaped tensors are kept, and two numbers
+a row; nothing [N, V]. Arguments:
 
     hidden [N, H], weight [V, H], bias [V] or None: one floating dtype; target [N]: int64
-    scale, softcap (0: none), label_smoothing, ignore_index, reduction: the loss (`LossSpec`)
+    scale, softcap (0: none), label_smoothing, z_loss, ignore_index, reduction: the loss (`LossSpec`)
+    argmax: whether the class of each row's largest logit is asked for
     need_hidden, need_weight, need_bias: the gradients that the backward will be asked for
+    recompute: whether all of them wait; lowering: how it is computed (`fxopt.ops.launch`)
 
-Losses are fp32 (fp64 for fp64): a scalar, or [N] for "none". Gradients that the forward does not compute are empty.
+By Triton, gradients that wait are computed by tiles, as losses alone are (`fxopt.ops.loss_launch`); all else goes by
+chunks (`fxopt.ops.chunked_loss`). Results, of which those not computed are empty:
+
+    loss: fp32 (fp64 for fp64), a scalar, or [N] for "none"; grad_hidden, grad_weight, grad_bias: in `gradient_dtype`
+    normalizer: [2, N], what the backward by tiles needs; best: [N] int64, the argmax
 """
 
 from __future__ import annotations
@@ -24,25 +31,23 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from fxopt.ops.chunked_loss import (
-    LossAndGradients,
-    LossSpec,
-    Wanted,
-    loss_and_gradients,
-    workspace_bytes,
-)
+from fxopt.ops import loss_launch
+from fxopt.ops.chunked_loss import loss_and_gradients, workspace_bytes
+from fxopt.ops.launch import operator, runs_triton
+from fxopt.ops.loss_spec import LossSpec, Wanted
 from fxopt.ops.products import accumulate_dtype, gradient_dtype
 from fxopt.ops.registry import OpMemory
 
 __all__ = ["BACKWARD", "FORWARD", "MEMORY"]
 
 Tensors = tuple[Tensor, ...]
-_ARGUMENTS = (
-    "Tensor hidden, Tensor weight, Tensor? bias, Tensor target, float scale, float softcap, float label_smoothing, "
-    "int ignore_index, str reduction, bool need_hidden, bool need_weight, bool need_bias"
+_CONSTANTS = (
+    "float scale, float softcap, float label_smoothing, float z_loss, int ignore_index, str reduction, bool argmax, "
+    "bool need_hidden, bool need_weight, bool need_bias, bool recompute, str lowering"
 )
+_INPUTS = "Tensor hidden, Tensor weight, Tensor? bias, Tensor target"
 _GRADIENTS = "Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias"
-_OTHERS = 9  # arguments after bias: they have no gradient
+_OTHERS = 2 + _CONSTANTS.count(",")  # arguments after bias: they have no gradient
 
 
 @dataclass(frozen=True)
@@ -50,45 +55,76 @@ class _Call:
     """Arguments of the operator after the tensors, and what follows from them."""
 
     spec: LossSpec
+    argmax: bool
     wanted: Wanted
+    recompute: bool
+    lowering: str
 
     @classmethod
     def of(cls, constants: Sequence[Any]) -> _Call:
-        return cls(LossSpec(*constants[:-3]), Wanted(*constants[-3:]))
+        return cls(LossSpec(*constants[:6]), constants[6], Wanted(*constants[7:10]), *constants[10:])
 
     @property
-    def recomputes(self) -> bool:
+    def waits(self) -> bool:
         """Whether gradients wait for the backward: a sum over rows needs every row's upstream gradient first."""
-        return self.spec.reduction == "none" and (self.wanted.weight or self.wanted.bias)
+        sums = self.wanted.weight or self.wanted.bias
+        return bool(self.wanted) and (self.recompute or (self.spec.reduction == "none" and sums))
 
     @property
     def now(self) -> Wanted:
         """The gradients that the forward computes."""
-        return Wanted(False, False, False) if self.recomputes else self.wanted
+        return Wanted(False, False, False) if self.waits else self.wanted
+
+    def by_triton(self, hidden: Tensor) -> bool:
+        """Whether Triton kernels turn logits into losses; they are of fp32 and narrower."""
+        return hidden.dtype != torch.float64 and runs_triton(hidden, self.lowering)
+
+    def by_tiles(self, hidden: Tensor) -> bool:
+        """Whether the logits are only ever tiles in a Triton kernel."""
+        return not self.now and self.by_triton(hidden)
 
 
-# --- fxopt::linear_cross_entropy: constants are those of _ARGUMENTS after target ---------------------------------
+# --- fxopt::linear_cross_entropy: constants are those of _CONSTANTS ----------------------------------------------
 
 
-@torch.library.custom_op(
-    "fxopt::linear_cross_entropy", mutates_args=(), schema=f"({_ARGUMENTS}) -> (Tensor loss, {_GRADIENTS})"
+def _by_tiles(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *constants: Any) -> bool:
+    return _Call.of(constants).by_tiles(hidden)
+
+
+@operator(
+    "fxopt::linear_cross_entropy",
+    f"({_INPUTS}, {_CONSTANTS}) -> (Tensor loss, {_GRADIENTS}, Tensor normalizer, Tensor best)",
+    on_triton=_by_tiles,
 )
 def _forward(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *constants: Any) -> Tensors:
-    call = _Call.of(constants)
+    call, normalizer = _Call.of(constants), None
     with torch.autocast(hidden.device.type, enabled=False):
-        found = loss_and_gradients(hidden, weight, bias, target, call.spec, call.now)
+        if call.by_tiles(hidden):
+            found, normalizer = loss_launch.token_losses(hidden, weight, bias, target, call.spec, call.argmax)
+        else:
+            kernels = call.by_triton(hidden)
+            found = loss_and_gradients(
+                hidden, weight, bias, target, call.spec, call.now, argmax=call.argmax, kernels=kernels
+            )
     loss = found.losses
     if call.spec.reduction != "none":
         loss = loss.sum() if call.spec.reduction == "sum" else loss.sum() / found.count
-    return loss, *_present(found, weight)
+    if normalizer is None or not call.waits:
+        normalizer = loss.new_empty(0)
+    best = target.new_empty(0) if found.argmax is None else found.argmax
+    return loss, *_present(found.gradients, weight, gradient_dtype(weight.dtype)), normalizer, best
 
 
 @_forward.register_fake
 def _fake_forward(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *constants: Any) -> Tensors:
-    call = _Call.of(constants)
-    shape = hidden.shape[:1] if call.spec.reduction == "none" else ()
-    loss = hidden.new_empty(shape, dtype=accumulate_dtype(hidden.dtype))
-    return loss, *_empty_gradients(hidden, weight, call.now)
+    call, dtype = _Call.of(constants), accumulate_dtype(hidden.dtype)
+    rows = hidden.shape[0]
+    return (
+        hidden.new_empty((rows,) if call.spec.reduction == "none" else (), dtype=dtype),
+        *_empty_gradients(hidden, weight, call.now, gradient_dtype(weight.dtype)),
+        hidden.new_empty((2, rows) if call.waits and call.by_tiles(hidden) else 0, dtype=dtype),
+        target.new_empty(rows if call.argmax else 0),
+    )
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
@@ -96,8 +132,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
     ctx.constants, ctx.call, ctx.dtype = constants, _Call.of(constants), hidden.dtype
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)  # else zeros as large as the weight stand for gradients that nobody has
-    inputs_saved = (hidden, weight, target, *(() if bias is None else (bias,)))
-    ctx.save_for_backward(*(inputs_saved if ctx.call.recomputes else output[1:]))
+    ctx.save_for_backward(*((hidden, weight, bias, target, output[4]) if ctx.call.waits else output[1:4]))
 
 
 def _backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
@@ -107,9 +142,8 @@ def _backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | Non
     _check_wanted(ctx)
     if upstream is None:
         return (None,) * (3 + _OTHERS)
-    if ctx.call.recomputes:
-        hidden, weight, target, *bias = ctx.saved_tensors
-        gradients = BACKWARD(upstream, hidden, weight, bias[0] if bias else None, target, *ctx.constants)
+    if ctx.call.waits:
+        gradients = BACKWARD(upstream, *ctx.saved_tensors, *ctx.constants)
     else:
         rows = upstream[:, None] if upstream.dim() else upstream
         # Widened first: a scalar tensor would be rounded to bf16 before it multiplies a bf16 tensor.
@@ -135,37 +169,55 @@ _forward.register_autograd(_backward, setup_context=_setup_context)
 # --- fxopt::linear_cross_entropy_backward ------------------------------------------------------------------------
 
 
+# Opaque on every device: it adds to what it has in a loop, and ``addmm(out_dtype=)`` has no meta kernel (torch 2.13).
 @torch.library.custom_op(
-    "fxopt::linear_cross_entropy_backward", mutates_args=(), schema=f"(Tensor upstream, {_ARGUMENTS}) -> ({_GRADIENTS})"
+    "fxopt::linear_cross_entropy_backward",
+    mutates_args=(),
+    schema=f"(Tensor upstream, {_INPUTS}, Tensor normalizer, {_CONSTANTS}) -> ({_GRADIENTS})",
 )
 def _recompute(
-    upstream: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *constants: Any
+    upstream: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    normalizer: Tensor,
+    *constants: Any,
 ) -> Tensors:
     call = _Call.of(constants)
     with torch.autocast(hidden.device.type, enabled=False):
-        found = loss_and_gradients(hidden, weight, bias, target, call.spec, call.wanted, upstream)
-    return _present(found, weight)
+        if call.by_tiles(hidden):
+            found = loss_launch.gradients(
+                upstream, hidden, weight, bias, target, normalizer, call.spec, call.wanted
+            )  # fmt: skip
+        else:
+            rows = upstream.expand(target.shape)
+            found = loss_and_gradients(
+                hidden, weight, bias, target, call.spec, call.wanted, upstream=rows
+            ).gradients  # fmt: skip
+    return _present(found, weight, weight.dtype)
 
 
 @_recompute.register_fake
 def _fake_recompute(
-    upstream: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *constants: Any
+    upstream: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    normalizer: Tensor,
+    *constants: Any,
 ) -> Tensors:
-    return _empty_gradients(hidden, weight, _Call.of(constants).wanted)
+    return _empty_gradients(hidden, weight, _Call.of(constants).wanted, weight.dtype)
 
 
-def _present(found: LossAndGradients, weight: Tensor) -> Tensors:
-    """The gradients; those not wanted as tensors without elements, since an operator's outputs are all there."""
-    empty = gradient_dtype(weight.dtype)
-    return tuple(
-        weight.new_empty(0, dtype=empty) if gradient is None else gradient
-        for gradient in (found.hidden, found.weight, found.bias)
-    )
+def _present(gradients: Sequence[Tensor | None], weight: Tensor, dtype: torch.dtype) -> Tensors:
+    """The gradients in `dtype`; those not wanted without elements, since an operator's outputs are all there."""
+    return tuple(weight.new_empty(0, dtype=dtype) if gradient is None else gradient.to(dtype) for gradient in gradients)
 
 
-def _empty_gradients(hidden: Tensor, weight: Tensor, wanted: Wanted) -> Tensors:
-    """Gradients with the strides that `loss_and_gradients` gives them, not computed."""
-    dtype = gradient_dtype(weight.dtype)
+def _empty_gradients(hidden: Tensor, weight: Tensor, wanted: Wanted, dtype: torch.dtype) -> Tensors:
+    """Gradients with their strides, not computed."""
     return (
         hidden.new_empty(hidden.shape if wanted.hidden else 0, dtype=dtype),
         torch.empty_like(weight, dtype=dtype) if wanted.weight else weight.new_empty(0, dtype=dtype),
@@ -182,32 +234,40 @@ def _flops(hidden: Sequence[int], weight: Sequence[int], products: int) -> int:
 
 @register_flop_formula(torch.ops.fxopt.linear_cross_entropy)
 def _forward_flops(hidden: Any, weight: Any, bias: Any, target: Any, *constants: Any, **_: Any) -> int:
-    now = _Call.of(constants).now
-    return _flops(hidden, weight, 1 + now.hidden + now.weight)
+    return _flops(hidden, weight, 1 + _Call.of(constants).now.products)
 
 
 @register_flop_formula(torch.ops.fxopt.linear_cross_entropy_backward)
-def _recompute_flops(upstream: Any, hidden: Any, weight: Any, bias: Any, target: Any, *constants: Any, **_: Any) -> int:
-    wanted = _Call.of(constants).wanted
-    return _flops(hidden, weight, 1 + wanted.hidden + wanted.weight)
-
-
-def _memory(hidden: Tensor, weight: Tensor, call: _Call, wanted: Wanted, losses: Tensors) -> OpMemory:
-    outputs = sum(tensor.nbytes for tensor in (*losses, *_empty_gradients(hidden, weight, wanted)))
-    return OpMemory(outputs, workspace_bytes(hidden.shape[0], weight, call.spec, wanted))
+def _recompute_flops(
+    upstream: Any, hidden: Any, weight: Any, bias: Any, target: Any, normalizer: Any, *constants: Any, **_: Any
+) -> int:
+    return _flops(hidden, weight, 1 + _Call.of(constants).wanted.products)
 
 
 def _forward_memory(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *constants: Any) -> OpMemory:
-    loss = _fake_forward(hidden, weight, bias, target, *constants)[:1]
     call = _Call.of(constants)
-    return _memory(hidden, weight, call, call.now, loss)
+    outputs = _bytes(_fake_forward(hidden, weight, bias, target, *constants))
+    if call.by_tiles(hidden):
+        return OpMemory(outputs, loss_launch.forward_workspace(hidden, weight, bias, call.spec, call.argmax))
+    kernels = call.by_triton(hidden)
+    return OpMemory(outputs, workspace_bytes(hidden.shape[0], weight, call.spec, call.now, kernels))
 
 
 def _recompute_memory(
-    upstream: Any, hidden: Tensor, weight: Tensor, bias: Any, target: Any, *constants: Any
+    upstream: Any, hidden: Tensor, weight: Tensor, bias: Any, target: Any, normalizer: Any, *constants: Any
 ) -> OpMemory:
     call = _Call.of(constants)
-    return _memory(hidden, weight, call, call.wanted, ())
+    outputs = _bytes(_fake_recompute(upstream, hidden, weight, bias, target, normalizer, *constants))
+    if call.by_tiles(hidden):
+        return OpMemory(outputs, loss_launch.backward_workspace(hidden, weight, call.wanted))
+    workspace = workspace_bytes(hidden.shape[0], weight, call.spec, call.wanted)
+    if gradient_dtype(weight.dtype) != weight.dtype:  # then they are there in both before they are returned
+        workspace += _bytes(_empty_gradients(hidden, weight, call.wanted, gradient_dtype(weight.dtype)))
+    return OpMemory(outputs, workspace)
+
+
+def _bytes(tensors: Tensors) -> int:
+    return sum(tensor.nbytes for tensor in tensors)
 
 
 FORWARD = torch.ops.fxopt.linear_cross_entropy.default

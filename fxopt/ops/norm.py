@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from fxopt.ops.launch import check_lowering
 from fxopt.ops.norm_formulas import EPS_AT, KINDS, NormSpec
 from fxopt.ops.norm_operator import FORWARD
 
@@ -18,6 +19,7 @@ def norm(
     spec: NormSpec,
     residual: Tensor | None = None,
     gate: Tensor | None = None,
+    lowering: str = "auto",
 ) -> tuple[Tensor, Tensor | None]:
     """Normalise the rows of ``x + residual``, scale and shift them, and multiply by ``silu(gate)``.
 
@@ -27,6 +29,7 @@ def norm(
         spec: which norm, its eps, and where it rounds to which dtype; formulas in `fxopt.ops.norm_formulas`.
         residual: x's shape and dtype, or None.
         gate: x's shape and any floating dtype, or None.
+        lowering: "auto" (Triton kernels on CUDA, else ATen), "aten", or "interpret" (`fxopt.ops.launch`).
 
     Returns:
         The result [..., H] in ``spec.output``, and ``x + residual`` in x's dtype (None without a residual), both with
@@ -34,15 +37,17 @@ def norm(
 
     Raises:
         ValueError, TypeError: for shapes, dtypes or constants that do not fit.
-        RuntimeError: in the backward, if it is to be differentiated again (``create_graph=True``).
+        RuntimeError: for "interpret" where triton compiles, and in the backward, if it is to be differentiated again
+            (``create_graph=True``).
 
     Ambient autocast is not looked at: cast the arguments, or say so in `spec`.
     """
+    check_lowering(lowering)
     _check_spec(spec)
     _check_tensors(x, weight, bias, residual, gate)
     out, stream, _, _ = FORWARD(
         x, residual, weight, bias, gate, spec.kind, spec.eps, spec.eps_at, spec.compute, spec.normalized,
-        spec.rounded_rstd, spec.offset, spec.affine, spec.output,
+        spec.rounded_rstd, spec.offset, spec.affine, spec.output, lowering,
     )  # fmt: skip
     return out, None if residual is None else stream
 

@@ -7,7 +7,8 @@ Between forward and backward are kept: what was normalised (the stream, or x), w
 rstd and mean; normalised values are computed again. Arguments:
 
     x [..., H], residual [..., H] or None, of one dtype; weight [H], bias [H], gate [..., H] or None: floating dtypes
-    the constants of `NormSpec` (fxopt.ops.norm_formulas), which has the formulas
+    the constants of `NormSpec` (fxopt.ops.norm_formulas), which has the formulas; how they are computed
+    (`fxopt.ops.launch`)
 
 Results have the strides that ``torch.empty_like(x)`` has, which are those of eager's pointwise operators. What there is
 not (a stream without a residual, the mean of "rms", gradients nobody wants) is a tensor without elements.
@@ -23,6 +24,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from fxopt.ops import norm_launch
+from fxopt.ops.launch import operator, runs_triton
 from fxopt.ops.norm_formulas import NormSpec, forward, gradients
 from fxopt.ops.registry import OpMemory
 
@@ -33,32 +36,41 @@ Maybe = Tensor | None
 
 _CONSTANTS = (
     "str kind, float? eps, str eps_at, ScalarType compute, ScalarType normalized, bool rounded_rstd, float offset, "
-    "ScalarType affine, ScalarType output"
+    "ScalarType affine, ScalarType output, str lowering"
 )
 _TENSORS = 5  # arguments of the forward that can have a gradient
 _WITHOUT_GRADIENT = _CONSTANTS.count(",") + 1
 
 
-# --- fxopt::norm: constants are those of NormSpec ----------------------------------------------------------------
+# --- fxopt::norm: constants are those of NormSpec, and the lowering ------------------------------------------------
 
 
-@torch.library.custom_op(
+def _on_triton(x: Tensor, residual: Maybe, weight: Maybe, bias: Maybe, gate: Maybe, *constants: Any) -> bool:
+    *values, lowering = constants
+    return norm_launch.can_compute(x, weight, bias, gate, NormSpec(*values)) and runs_triton(x, lowering)
+
+
+@operator(
     "fxopt::norm",
-    mutates_args=(),
-    schema=f"(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor? gate, {_CONSTANTS})"
+    f"(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor? gate, {_CONSTANTS})"
     " -> (Tensor out, Tensor stream, Tensor rstd, Tensor mean)",
+    on_triton=_on_triton,
 )
 def _forward(x: Tensor, residual: Maybe, weight: Maybe, bias: Maybe, gate: Maybe, *constants: Any) -> Tensors:
+    spec = NormSpec(*constants[:-1])
     with torch.autocast(x.device.type, enabled=False):
-        s = x if residual is None else _laid_out(x + residual, x)
-        out, rstd, mean = forward(s, weight, bias, gate, NormSpec(*constants))
-    stream = x.new_empty(0) if residual is None else s
+        if _on_triton(x, residual, weight, bias, gate, *constants):
+            out, stream, rstd, mean = norm_launch.forward(x, residual, weight, bias, gate, spec)
+        else:
+            stream = None if residual is None else x + residual
+            out, rstd, mean = forward(x if stream is None else stream, weight, bias, gate, spec)
+    stream = x.new_empty(0) if stream is None else _laid_out(stream, x)
     return _laid_out(out, x), stream, rstd.contiguous(), rstd.new_empty(0) if mean is None else mean.contiguous()
 
 
 @_forward.register_fake
 def _fake_forward(x: Tensor, residual: Maybe, weight: Maybe, bias: Maybe, gate: Maybe, *constants: Any) -> Tensors:
-    spec = NormSpec(*constants)
+    spec = NormSpec(*constants[:-1])
     rows = (*x.shape[:-1], 1)
     return (
         torch.empty_like(x, dtype=spec.output),
@@ -95,12 +107,18 @@ _forward.register_autograd(_backward, setup_context=_setup_context)
 # --- fxopt::norm_backward: also what the forward saved, and which gradients are wanted ---------------------------
 
 
-@torch.library.custom_op(
+def _gradients_on_triton(
+    upstream: Tensor, by_stream: Maybe, s: Tensor, weight: Maybe, bias: Maybe, gate: Maybe, *rest: Any
+) -> bool:
+    return _on_triton(s, None, weight, bias, gate, *rest[2:-4])
+
+
+@operator(
     "fxopt::norm_backward",
-    mutates_args=(),
-    schema="(Tensor upstream, Tensor? by_stream, Tensor s, Tensor? weight, Tensor? bias, Tensor? gate, Tensor rstd, "
+    "(Tensor upstream, Tensor? by_stream, Tensor s, Tensor? weight, Tensor? bias, Tensor? gate, Tensor rstd, "
     f"Tensor mean, {_CONSTANTS}, bool need_s, bool need_weight, bool need_bias, bool need_gate)"
     " -> (Tensor by_s, Tensor by_weight, Tensor by_bias, Tensor by_gate)",
+    on_triton=_gradients_on_triton,
 )
 def _gradients(
     upstream: Tensor,
@@ -113,9 +131,10 @@ def _gradients(
     mean: Tensor,
     *constants: Any,
 ) -> Tensors:
-    spec, wanted = NormSpec(*constants[:-4]), constants[-4:]
+    spec, wanted = NormSpec(*constants[:-5]), constants[-4:]
+    by_triton = _on_triton(s, None, weight, bias, gate, *constants[:-4])
     with torch.autocast(s.device.type, enabled=False):
-        found = gradients(
+        found = (norm_launch.gradients if by_triton else gradients)(
             upstream, by_stream, s, weight, bias, gate, rstd, mean if spec.kind == "layer" else None, spec, wanted
         )  # fmt: skip
     pairs = zip(found, (s, weight, bias, gate), strict=True)
@@ -190,7 +209,7 @@ def _backward_memory(
     upstream: Tensor, by_stream: Maybe, s: Tensor, weight: Maybe, bias: Maybe, gate: Maybe, *arguments: Any
 ) -> OpMemory:
     """The normalised row and a product with it; the widened upstream; silu and its slope."""
-    wide = NormSpec(*arguments[2:-4]).backward
+    wide = NormSpec(*arguments[2:-5]).backward
     tensors = 2 + 2 * (upstream.dtype != wide) + 2 * (gate is not None)
     outputs = _bytes(_fake_gradients(upstream, by_stream, s, weight, bias, gate, *arguments))
     return OpMemory(outputs, s.numel() * wide.itemsize * tensors)

@@ -61,6 +61,8 @@ class AtenProducts:
 
     def times_weight(self, d: Tensor) -> Tensor:
         """``d @ weight``, [C, V] -> new [C, H], in d's dtype or wider."""
+        if d.is_cuda and d.dtype != accumulate_dtype(d.dtype):
+            return torch.mm(d, self.weight, out_dtype=torch.float32)
         return torch.mm(d, self.weight)
 
     def accumulate(self, d: Tensor, x: Tensor) -> None:
@@ -68,8 +70,8 @@ class AtenProducts:
         total = self.accumulator
         if total is None:
             return
-        if d.dtype == total.dtype:
-            total.addmm_(d.t(), x)
+        if d.dtype == total.dtype or d.is_cuda:
+            add_product(total, d.t(), x)
             return
         for piece in slices(d.shape[1], self.piece(self.weight)):
             part = d[:, piece].t()
@@ -159,6 +161,16 @@ class OneDnnProducts(AtenProducts):
             return logits
         chunk = logits + min(cls.piece(weight) * weight.shape[0] * weight.itemsize, weight.nbytes)
         return chunk if weight.t().is_contiguous() else max(chunk, weight.nbytes)
+
+
+def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """``total += a @ b``: a and b of one dtype, total of it or fp32. Sums are fp32 (fp64) throughout."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+    elif a.is_cuda:  # there alone is a product wider than what it is of
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:
+        total.addmm_(a.to(total.dtype), b.to(total.dtype))
 
 
 def products_for(weight: Tensor, bias: Tensor | None, rows: int, accumulates: bool) -> AtenProducts:

@@ -8,24 +8,24 @@ from torch import Tensor
 class Rows:
     """The rows that count: their hidden states and targets.
 
-    On a CPU ignored rows are dropped; elsewhere, where their number is not known without waiting for the device, they
-    are kept and marked in `ignored`.
+    drops: whether ignored rows are left out, which waits for the device to count them, and targets that are no class
+    raise IndexError. Else all rows are kept, and those that are ignored are marked in `ignored`.
     """
 
-    def __init__(self, hidden: Tensor, target: Tensor, ignore_index: int, vocabulary: int):
-        self.hidden = hidden
+    def __init__(self, hidden: Tensor, target: Tensor, ignore_index: int, vocabulary: int, drops: bool):
+        self.hidden, self.target = hidden, target
         self.positions: Tensor | None = None
         self.ignored: Tensor | None = None
         ignored = target == ignore_index
-        if hidden.device.type != "cpu":
-            self.ignored, self.target = ignored, target.masked_fill(ignored, 0)
+        if not drops:
+            self.ignored = ignored
             self.count: int | Tensor = (~ignored).sum()
             return
         if ignored.any():
             self.positions = (~ignored).nonzero().squeeze(1)
-            target = target[self.positions]
-        self.target, self.count = target, target.shape[0]
-        wrong = target[(target < 0) | (target >= vocabulary)]
+            self.target = target[self.positions]
+        self.count = self.target.shape[0]
+        wrong = self.target[(self.target < 0) | (self.target >= vocabulary)]
         if wrong.numel():
             raise IndexError(f"Target {int(wrong[0])} is out of bounds.")
 

@@ -1,6 +1,6 @@
 """Tests of generated kernels under Triton's interpreter: a process of its own, since it interprets or it compiles.
 
-    TRITON_INTERPRET=1 pytest tests/interpret
+TRITON_INTERPRET=1 pytest tests/interpret
 """
 
 import os

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 from unittest import mock
@@ -14,80 +14,16 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from loss_cases import DTYPES, NAMES, Loss, check, constants, eager, problem, problems, run
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode
 
-from fxopt.ops import chunked_loss, products
+from fxopt.ops import chunked_loss, logit_blocks, products
 from fxopt.ops.linear_cross_entropy import linear_cross_entropy
 from fxopt.ops.loss_operator import BACKWARD, FORWARD
 from fxopt.ops.registry import memory_of
-from fxopt.testing.compare import Step, compare
-
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-NAMES = ("hidden", "weight", "bias")
-Loss = Callable[..., Tensor]
-
-
-def eager(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *, scale: float = 1.0,
-    softcap: float | None = None, **options: Any,
-) -> Tensor:  # fmt: skip
-    """What the operator stands for, with logits; scale and cap in the dtype of the logits, as models write them."""
-    logits = F.linear(hidden, weight, bias) * scale
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).reshape(-1, weight.shape[0])
-    loss = F.cross_entropy(logits, target.reshape(-1), **options)
-    return loss.reshape(target.shape) if options.get("reduction") == "none" else loss
-
-
-def problem(rows: int = 70, width: int = 24, classes: int = 57, dtype: torch.dtype = torch.float32, seed: int = 0):
-    """hidden [N, H], weight [V, H], bias [V] that require gradients and target [N]."""
-    draw = torch.Generator().manual_seed(seed)
-    hidden, weight, bias = (
-        torch.randn(*shape, generator=draw).to(dtype).requires_grad_()
-        for shape in ((rows, width), (classes, width), (classes,))
-    )
-    return hidden, weight, bias, torch.randint(0, classes, (rows,), generator=draw)
-
-
-def run(
-    loss: Loss, tensors: Sequence[Any], target: Tensor, upstream: Any = 1.0, dtype: Any = None, **options: Any
-) -> Step:
-    """Loss and gradients, with everything in `dtype` if given; `requires_grad` and strides are the tensors' own."""
-    inputs = [None if t is None else t.detach().to(dtype or t.dtype).requires_grad_(t.requires_grad) for t in tensors]
-    found = loss(*inputs, target, **options)
-    if found.requires_grad:
-        found.backward(torch.as_tensor(upstream, dtype=found.dtype).expand(found.shape))
-    gradients = {name: None if t is None else t.grad for name, t in zip(NAMES, inputs, strict=True)}
-    losses = found.detach()
-    return Step(losses, {}, gradients, torch.finfo(tensors[0].dtype).eps)
-
-
-def check(tensors: Sequence[Any], target: Tensor, upstream: float | Tensor = 1.0, **options: Any) -> Step:
-    """Run the operator, eager and eager in fp64; apply the rule and return the operator's step.
-
-    A loss is one number, which eager gets right by luck now and then: where the rule is broken it is asked again, with
-    the sums over H in other orders. There is nothing exact to hold fp64 against: 64 roundings are allowed there.
-    """
-    ours = run(linear_cross_entropy, tensors, target, upstream, **options)
-    exact = run(eager, tensors, target, upstream, torch.float64, **options)
-    if tensors[0].dtype == torch.float64:
-        for name, right in exact.named().items():
-            scale = 1.0 if right is None else max(float(right.abs().max()), 1.0)
-            torch.testing.assert_close(ours.named()[name], right, rtol=0, atol=64 * ours.eps * scale)
-    else:
-        orders = [torch.arange(tensors[0].shape[1]), *(torch.randperm(tensors[0].shape[1]) for _ in range(7))]
-        found = (compare(ours, run(partial(reordered, o), tensors, target, upstream, **options), exact) for o in orders)
-        first = next(found)
-        assert first.ok or any(comparison.ok for comparison in found), str(first)
-    return ours
-
-
-def reordered(order: Tensor, hidden: Tensor, weight: Tensor, *rest: Any, **options: Any) -> Tensor:
-    """`eager` with H permuted: the same value, and gradients, from sums in another order."""
-    return eager(hidden[:, order], weight[:, order], *rest, **options)
+from fxopt.testing.compare import compare
 
 
 @contextlib.contextmanager
@@ -95,7 +31,7 @@ def small_chunks(kind: type[products.AtenProducts] | None = None) -> Iterator[No
     """Chunks of 32 rows, blocks of 5 and pieces of the least size, so that small inputs take every loop twice."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.multiple(chunked_loss, CHUNK_BYTES=1, LEAST_ROWS=1))
-        stack.enter_context(mock.patch.object(chunked_loss, "block_rows", return_value=5))
+        stack.enter_context(mock.patch.object(logit_blocks, "block_rows", return_value=5))
         for products_kind in (products.AtenProducts, products.OneDnnProducts):
             stack.enter_context(mock.patch.object(products_kind, "PIECE_BYTES", 600))
         if kind is not None:
@@ -104,38 +40,6 @@ def small_chunks(kind: type[products.AtenProducts] | None = None) -> Iterator[No
 
 
 # --- values and gradients ----------------------------------------------------------------------------------------
-
-
-@st.composite
-def problems(draw: st.DrawFn) -> tuple[tuple[Any, ...], Tensor, Tensor, dict[str, Any]]:
-    """Tensors of any dtype and layout, targets some of which are ignored, upstream gradients and options."""
-    dtype = draw(st.sampled_from(DTYPES))
-    least = dtype == torch.float64  # in fp32 a single number says nothing about accuracy: eager's is right by luck
-    classes = draw(st.sampled_from((1, 2, 7, 57) if least else (7, 57)))
-    rows, width = draw(st.sampled_from((1, 3, 70) if least else (33, 70))), draw(st.sampled_from((1, 8, 70)))
-    hidden, weight, bias, target = problem(rows, width, classes, dtype, draw(st.integers(0, 2**16)))
-    layout = {
-        "plain": lambda t: t,
-        "transposed": lambda t: t.t().contiguous().t(),
-        "strided": lambda t: torch.stack((t, t), -1)[..., 0],
-    }
-    hidden, weight = (layout[draw(st.sampled_from(sorted(layout)))](t.detach()) for t in (hidden, weight))
-    tensors = (hidden, weight, bias.detach() if draw(st.booleans()) else None)
-    for tensor in tensors:
-        if tensor is not None:
-            tensor.requires_grad_(draw(st.booleans()))
-    ignore = draw(st.sampled_from((-100, 0)))
-    target = target.masked_fill(torch.rand(target.shape) < draw(st.sampled_from((0.0, 0.4))), ignore)
-    target[0] = classes - 1  # `mean` is NaN where all are ignored: a test of its own
-    options = {
-        "reduction": draw(st.sampled_from(("mean", "sum", "none"))),
-        "label_smoothing": draw(st.sampled_from((0.0, 0.1))),
-        "ignore_index": ignore if classes > 1 else -100,
-        "scale": draw(st.sampled_from((1.0, 0.3, -2.0))),
-        "softcap": draw(st.sampled_from((None, 5.0))),
-    }
-    upstream = torch.randn(target.shape) if options["reduction"] == "none" else torch.randn(())
-    return tensors, target, upstream, options
 
 
 @given(drawn=problems(), kind=st.sampled_from((products.AtenProducts, None)))
@@ -266,7 +170,7 @@ def test_differentiating_twice_raises() -> None:
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_a_gradient_that_was_not_announced_raises(reduction: str) -> None:
     hidden, weight, bias, target = problem()
-    loss, *_ = FORWARD(hidden, weight, bias, target, 1.0, 0.0, 0.0, -100, reduction, True, False, True)
+    loss, *_ = FORWARD(hidden, weight, bias, target, *constants(reduction, True, False, True))
     with pytest.raises(RuntimeError, match="need_weight=False"):
         loss.sum().backward()
 
@@ -369,6 +273,7 @@ def test_ambient_autocast_changes_nothing(dtype: torch.dtype, kind: Any, reducti
         (ValueError, "mean, sum, none", {"reduction": "max"}),
         (ValueError, "softcap", {"softcap": 0.0}),
         (ValueError, "label_smoothing", {"label_smoothing": 1.5}),
+        (ValueError, "auto, aten, interpret", {"lowering": "triton"}),
     ],
 )
 def test_what_does_not_fit_is_named(error: type[Exception], message: str, change: dict[str, Any]) -> None:
@@ -387,21 +292,22 @@ def test_fake_and_autograd_registrations_are_true(reduction: str, needs: tuple[b
     hidden, weight, bias, target = problem()
     weight = weight.detach().t().contiguous().t() if transposed else weight.detach()
     tensors = [t.detach().requires_grad_(need) for t, need in zip((hidden, weight, bias), needs, strict=True)]
-    constants = (1.0, 0.0, 0.0, -100, reduction, *needs)
-    torch.library.opcheck(FORWARD, (*tensors, target, *constants))
-    assert [output.requires_grad for output in FORWARD(*tensors, target, *constants)] == [True, False, False, False]
+    values = constants(reduction, *needs, argmax=transposed)
+    torch.library.opcheck(FORWARD, (*tensors, target, *values))
+    assert [output.requires_grad for output in FORWARD(*tensors, target, *values)] == [True, *[False] * 5]
     if reduction == "none":
-        torch.library.opcheck(BACKWARD, (torch.rand(70), *(t.detach() for t in tensors), target, *constants))
+        saved = (*(t.detach() for t in tensors), target, torch.empty(0))
+        torch.library.opcheck(BACKWARD, (torch.rand(70), *saved, *values))
 
 
 def test_stays_whole_in_a_pre_autograd_trace() -> None:
     *tensors, target = problem()
     graph = make_fx(lambda *t: linear_cross_entropy(*t, reduction="sum") / 7, pre_dispatch=True)(*tensors, target).graph
     calls = [node for node in graph.nodes if node.target is FORWARD]
-    assert [call.args[-3:] for call in calls] == [(True, True, True)]
+    assert [call.args[-5:-2] for call in calls] == [(True, True, True)]
     with torch.no_grad():
         graph = make_fx(lambda *t: linear_cross_entropy(*t, scale=1.0), pre_dispatch=True)(*tensors, target).graph
-    assert [node.args[-3:] for node in graph.nodes if node.target is FORWARD] == [(False, False, False)]
+    assert [node.args[-5:-2] for node in graph.nodes if node.target is FORWARD] == [(False, False, False)]
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
@@ -474,7 +380,7 @@ def test_the_memory_formula_is_what_the_allocator_sees(
     dtype: torch.dtype, softcap: float, needs: tuple[bool, ...]
 ) -> None:
     hidden, weight, _, target = problem(512, 128, 32_000, dtype)
-    arguments = (hidden, weight, None, target, 1.0, softcap, 0.0, -100, "mean", *needs)
+    arguments = (hidden, weight, None, target, *constants("mean", *needs, softcap=softcap))
     with torch.no_grad():
         FORWARD(*arguments)
         peak = peak_bytes(lambda: FORWARD(*arguments))
@@ -487,6 +393,7 @@ def test_the_memory_formula_is_what_the_allocator_sees(
 def test_memory_of_other_operators_is_unknown() -> None:
     assert memory_of(torch.ops.aten.mm.default, torch.ones(1, 1), torch.ones(1, 1)) is None
     *tensors, target = problem()
-    backward = memory_of(BACKWARD, torch.rand(70), *tensors, target, 1.0, 0.0, 0.0, -100, "none", True, True, True)
+    saved = (*tensors, target, torch.empty(0))
+    backward = memory_of(BACKWARD, torch.rand(70), *saved, *constants("none", True, True, True))
     assert backward is not None
     assert backward.outputs == sum(t.nbytes for t in tensors)

@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given
-from hypothesis import strategies as st
+from norm_cases import BF16, F16, F32, F64, NAMES, Tensors, check, draw, eager, ours, plain, problems, step
 from torch import Tensor
 from torch.profiler import profile
 from torch.utils.flop_counter import FlopCounterMode
@@ -18,115 +17,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from fxopt.ops.norm import NormSpec, norm
 from fxopt.ops.norm_operator import BACKWARD, FORWARD
 from fxopt.ops.registry import memory_of
-from fxopt.testing.compare import Step, compare
-
-F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
-NAMES = ("x", "residual", "weight", "bias", "gate")
-Tensors = dict[str, Tensor]
-
-
-def plain(dtype: torch.dtype = F32, kind: str = "rms", **changes: Any) -> NormSpec:
-    """A norm without casts of an x of `dtype`."""
-    wide = torch.promote_types(dtype, F32)
-    return dataclasses.replace(NormSpec(kind, 1e-5, "square", wide, dtype, False, 0.0, dtype, dtype), **changes)
-
-
-def eager(tensors: Tensors, spec: NormSpec) -> tuple[Tensor, ...]:
-    """The formulas, as a model would write them; autograd differentiates them."""
-    x, residual, weight, bias, gate = map(tensors.get, NAMES)
-    s = x if residual is None else x + residual
-    d = s.to(spec.compute)
-    d = d - d.mean(-1, keepdim=True) if spec.kind == "layer" else d
-    eps = torch.finfo(spec.compute).eps if spec.eps is None else spec.eps
-    if spec.eps_at == "square":
-        rstd = torch.rsqrt(d.pow(2).mean(-1, keepdim=True) + eps)
-    else:
-        root = torch.linalg.vector_norm(d, dim=-1, keepdim=True) / d.shape[-1] ** 0.5
-        rstd = 1 / (root + eps if spec.eps_at == "root" else root.clamp_min(eps))
-    a = d.to(spec.normalized) * rstd.to(spec.normalized) if spec.rounded_rstd else (d * rstd).to(spec.normalized)
-    a = a.to(spec.affine)
-    if weight is not None:
-        a = a * (weight.to(spec.affine) + spec.offset)
-    if bias is not None:
-        a = a + bias.to(spec.affine)
-    if gate is not None:
-        a = a.to(spec.compute) * F.silu(gate.to(spec.compute))
-    return (a.to(spec.output),) if residual is None else (a.to(spec.output), s)
-
-
-def ours(tensors: Tensors, spec: NormSpec) -> tuple[Tensor, ...]:
-    """The operator."""
-    named = {name: tensors.get(name) for name in NAMES}
-    return tuple(one for one in norm(**named, spec=spec) if one is not None)  # type: ignore[arg-type]
-
-
-def draw(shape: tuple[int, ...], dtype: torch.dtype, parts: str = "", seed: int = 0, layout: str = "dense") -> Tensors:
-    """x and those of residual, weight, bias and gate whose initials are in `parts`, all requiring gradients."""
-    generator = torch.Generator().manual_seed(seed)
-    made: Tensors = {}
-    for name in NAMES:
-        if name == "x" or name[0] in parts:
-            value = torch.randn(shape[-1:] if name in ("weight", "bias") else shape, generator=generator).to(dtype)
-            if layout == "transposed" and value.dim() > 1:
-                value = value.transpose(0, 1).contiguous().transpose(0, 1)
-            elif layout == "sliced":
-                value = torch.stack([value, value], -1)[..., 0]
-            made[name] = value.requires_grad_()
-    return made
-
-
-def step(function: Any, tensors: Tensors, spec: NormSpec, dtype: torch.dtype | None = None) -> Step:
-    """Results and gradients of a fixed uneven sum of the results; inputs in `dtype` if given, strides kept."""
-    leaves = {n: t.detach().to(dtype or t.dtype).requires_grad_(t.requires_grad) for n, t in tensors.items()}
-    outputs = function(leaves, spec)
-    generator = torch.Generator().manual_seed(1)
-    upstream = [torch.randn(one.shape, generator=generator).to(spec.output) for one in outputs]
-    total = sum((one.double() * up.double()).sum() for one, up in zip(outputs, upstream, strict=True))
-    assert isinstance(total, Tensor)
-    if total.requires_grad:
-        total.backward()
-    named = {str(index): one.detach() for index, one in enumerate(outputs)}
-    dtypes = (spec.normalized, spec.affine, spec.output, *(t.dtype for t in tensors.values()))
-    eps = max(torch.finfo(one).eps for one in dtypes)
-    return Step(torch.zeros(()), named, {name: leaf.grad for name, leaf in leaves.items()}, eps)
-
-
-def check(tensors: Tensors, spec: NormSpec) -> Step:
-    """Run the operator, eager and eager in fp64; apply the rule, and return the operator's step."""
-    wide = dataclasses.replace(spec, compute=F64, normalized=F64, affine=F64, output=F64)
-    if spec.eps is None:
-        wide = dataclasses.replace(wide, eps=torch.finfo(spec.compute).eps)
-    found = step(ours, tensors, spec)
-    compare(found, step(eager, tensors, spec), step(eager, tensors, wide, F64)).check()
-    return found
-
-
-@st.composite
-def problems(draw_from: st.DrawFn) -> tuple[Tensors, NormSpec]:
-    """Inputs of any kind, size, layout and dtype, and a norm that casts anywhere.
-
-    Rows have 8 values or more: in a row of one, the gradient is a difference of equals, and all of it rounding.
-    """
-    dtype = draw_from(st.sampled_from((F32, BF16, F16)))
-    dtypes = st.sampled_from(sorted({dtype, F32}, key=str))
-    shape = draw_from(st.sampled_from(((24,), (3, 9), (1, 1, 11), (2, 3, 8), (4, 1, 33), (2, 1, 2, 16))))
-    parts = "".join(draw_from(st.lists(st.sampled_from("rwbg"), unique=True)))
-    layout = draw_from(st.sampled_from(("dense", "transposed", "sliced")))
-    spec = NormSpec(
-        draw_from(st.sampled_from(("rms", "layer"))),
-        draw_from(st.sampled_from((1e-6, 1e-2, 0.5, None))),
-        draw_from(st.sampled_from(("square", "root", "floor"))),
-        F32,
-        draw_from(dtypes),
-        draw_from(st.booleans()),
-        draw_from(st.sampled_from((0.0, 1.0))),
-        draw_from(dtypes),
-        draw_from(dtypes),
-    )
-    tensors = draw(shape, dtype, parts, draw_from(st.integers(0, 99)), layout)
-    for name in tensors:
-        tensors[name].requires_grad_(draw_from(st.booleans()))
-    return tensors, spec
 
 
 @given(problems())
@@ -271,7 +161,7 @@ def test_keeps_the_input_or_the_stream_and_statistics(parts: str, kept: str) -> 
 
 def test_only_wanted_gradients_are_computed() -> None:
     s, vector, rstd = torch.ones(4, 8), torch.ones(8), torch.ones(4, 1)
-    constants = dataclasses.astuple(plain())
+    constants = (*dataclasses.astuple(plain()), "auto")
     for wanted in itertools.product((False, True), repeat=4):
         found = BACKWARD(s, None, s, vector, vector, s, rstd, rstd.new_empty(0), *constants, *wanted)
         assert tuple(one.numel() > 0 for one in found) == wanted
@@ -284,7 +174,7 @@ def test_registration(kind: str, parts: str, layout: str) -> None:
     """Schema, fake values with static and symbolic shapes, autograd below AOTAutograd."""
     spec = plain(BF16, kind, normalized=F32, affine=F32)
     tensors = draw((3, 4, 16), BF16, parts, layout=layout)
-    arguments = (*map(tensors.get, NAMES), *dataclasses.astuple(spec))
+    arguments = (*map(tensors.get, NAMES), *dataclasses.astuple(spec), "auto")
     torch.library.opcheck(FORWARD, arguments, atol=0.05, rtol=0.05)
 
 
@@ -316,7 +206,7 @@ def peak(run: Any) -> tuple[int, int]:
 def test_memory_formula_bounds_what_is_allocated(kind: str, dtype: torch.dtype, parts: str) -> None:
     spec = plain(dtype, kind, normalized=F32, affine=F32)
     tensors = draw((256, 512), dtype, parts)
-    values, constants = [tensors.get(name) for name in NAMES], dataclasses.astuple(spec)
+    values, constants = [tensors.get(name) for name in NAMES], (*dataclasses.astuple(spec), "auto")
     s, vectors = tensors["x"].detach(), [None if one is None else one.detach() for one in values[2:]]
     rstd = torch.ones(256, 1)
     backward = (s, None, s, *vectors, rstd, rstd, *constants, True, *(one is not None for one in vectors))
@@ -347,6 +237,7 @@ def test_flops_are_counted() -> None:
         (TypeError, "residual is torch.float64", {"residual": torch.ones(3, 8, dtype=F64)}),
         (TypeError, "floating dtypes only, not torch.int64", {"gate": torch.ones(3, 8, dtype=torch.int64)}),
         (ValueError, "x is a scalar", {"x": torch.ones(())}),
+        (ValueError, "lowering is 'cuda': it must be one of auto, aten, interpret", {"lowering": "cuda"}),
         (ValueError, "not 'group', 'square'", {"spec": plain(kind="group")}),
         (ValueError, "float32 or float64, not torch.bfloat16", {"spec": plain(compute=BF16)}),
         (TypeError, "floating dtypes only, not torch.int32", {"spec": plain(output=torch.int32)}),

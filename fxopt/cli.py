@@ -1,0 +1,42 @@
+"""The command ``fxopt``: one function a subcommand, in `COMMANDS`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import fxopt
+from fxopt.commands import UsageError, kernels
+
+__all__ = ["COMMANDS", "main"]
+
+COMMANDS: tuple[Callable[[Any], None], ...] = (kernels.add_to,)
+"""Each adds its parser to argparse's subparsers and sets its default `run`: from arguments to an exit code."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; 0 if all is well, 1 if what was looked at is not, 2 for a mistake in `arguments`."""
+    given = _parser().parse_args(arguments)
+    try:
+        return int(given.run(given))
+    except UsageError as error:
+        print(f"fxopt: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # of `fxopt kernels --list | head`
+        sys.stderr.close()
+        return 141
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="fxopt", description="Looks into fxopt, a torch.compile backend for training."
+    )
+    parser.add_argument("--version", action="version", version=f"fxopt {fxopt.__version__}")
+    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for add_to in COMMANDS:
+        add_to(subparsers)
+    return parser

@@ -1,0 +1,100 @@
+"""Measuring the candidates of kernels on the card that is there, and keeping the fastest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from triton.errors import TritonError
+
+from fxopt.kernels.cards import Card
+from fxopt.kernels.configs import TRIAL, Config, Trial, remember, remembered, tuning_is_on
+from fxopt.kernels.source import Kernel
+
+__all__ = ["Tuned", "tune"]
+
+MARGIN = 0.98
+"""Of the default's time that another candidate may take at most: below 2% medians differ by themselves."""
+
+Run = Callable[[], object]
+Timer = Callable[[Run], float]
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What was measured of one kernel: each candidate with the milliseconds of the whole run, and the one that is kept.
+
+    Candidates that do not compile, or do not fit the card, have None.
+    """
+
+    kernel: Kernel
+    times: tuple[tuple[Config, float | None], ...]
+    best: Config
+
+
+def tune(run: Run, card: Card, timer: Timer | None = None, again: bool = False) -> tuple[Tuned, ...]:
+    """Find the fastest candidate of each kernel that `run` launches, and remember it for `card`.
+
+    run: launches kernels, each with `config_for`, and may call ``backward``; not a compiled function, whose
+    configurations are chosen. It is called once to see which kernels there are, then timed with one candidate of one
+    kernel in place of what is remembered. timer: milliseconds of a callable, by default the median of `do_bench`.
+    again: also measure kernels of which something is remembered.
+
+    Nothing is done with ``FXOPT_TUNE=0``. Raises what `run` raises with the defaults; a candidate alone may fail.
+    Other threads may train meanwhile: they are not measured with candidates, only disturb the times.
+    """
+    if not tuning_is_on():
+        return ()
+    measure = timer or do_bench
+    seen = Trial(card)
+    _under(seen, run)()
+    found = []
+    for kernel, candidates in seen.launched.items():
+        known = remembered(kernel, card) in candidates
+        if len(candidates) > 1 and (again or not known):
+            times = tuple((one, _time(run, Trial(card, {kernel: one}), measure)) for one in candidates)
+            found.append(Tuned(kernel, times, _best(times)))
+            remember(kernel, card, found[-1].best)
+    return tuple(found)
+
+
+def do_bench(run: Run) -> float:
+    """The median milliseconds of `run`, with the second cache emptied before each; warm-ups of 10 ms, then 50 ms."""
+    from triton import testing
+
+    return float(testing.do_bench(run, warmup=10, rep=50, return_mode="median"))
+
+
+def _under(trial: Trial, run: Run) -> Run:
+    """`run` with `trial` in force, backwards included: they would run in threads of autograd's own."""
+
+    def tried() -> None:
+        token = TRIAL.set(trial)
+        try:
+            with torch.autograd.set_multithreading_enabled(False):
+                run()
+        finally:
+            TRIAL.reset(token)
+
+    return tried
+
+
+def _time(run: Run, trial: Trial, timer: Timer) -> float | None:
+    """Milliseconds, or None where Triton refuses the candidate; what CUDA says, an illegal address say, is raised."""
+    try:
+        return timer(_under(trial, run))
+    except TritonError:  # OutOfResources, CompilationError, PTXASError
+        return None
+    except RuntimeError as error:
+        if "PassManager::run failed" not in str(error):
+            raise
+        return None
+
+
+def _best(times: Sequence[tuple[Config, float | None]]) -> Config:
+    """The fastest; the first of all, the default, unless it is beaten by more than `MARGIN`."""
+    default, of_default = times[0]
+    timed = [(time, at) for at, (_, time) in enumerate(times) if time is not None]
+    least, at = min(timed, default=(0.0, 0))
+    return default if of_default is not None and least > MARGIN * of_default else times[at][0]

@@ -1,0 +1,204 @@
+"""Generated kernels of a linear layer's cross-entropy, interpreted, against the logits by the fp64 rule."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from loss_cases import check, constants, eager, problem, problems, run
+from torch import Tensor
+
+from fxopt.ops import chunked_loss, loss_launch
+from fxopt.ops.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_and_argmax
+from fxopt.ops.loss_operator import BACKWARD, FORWARD
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+PATHS = pytest.mark.parametrize("recompute", [True, False], ids=["tiles", "chunks"])
+
+
+@contextlib.contextmanager
+def small_pieces() -> Iterator[None]:
+    """Gradients of 40 classes, which the tiles' 16 does not divide, and chunks of 32 rows at a time."""
+    with (
+        mock.patch.multiple(loss_launch, PIECE_BYTES=1, LEAST_CLASSES=40),
+        mock.patch.multiple(chunked_loss, CHUNK_BYTES=1, LEAST_ROWS=1),
+    ):
+        yield
+
+
+@settings(max_examples=30)
+@given(drawn=problems(DTYPES), lowering=st.just("interpret"))
+def test_equals_cross_entropy_of_the_logits(drawn: Any, lowering: str) -> None:
+    tensors, target, upstream, options = drawn
+    with small_pieces():
+        check(tensors, target, upstream, lowering=lowering, **options)
+
+
+@PATHS
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_everything_at_a_time(dtype: torch.dtype, reduction: str, recompute: bool) -> None:
+    """57 classes, 70 tokens and a width of 24 are multiples of no tile, and 24 of no BLOCK_K."""
+    hidden, weight, bias, target = problem(dtype=dtype)
+    target[::5] = -1
+    tensors = (
+        torch.stack((hidden, hidden), 1).detach()[:, 0].requires_grad_(),
+        weight.detach().t().contiguous().t().requires_grad_(),
+        bias,
+    )
+    upstream = torch.linspace(-1, 2, 70) if reduction == "none" else 0.3
+    options = {"scale": 0.7, "softcap": 5.0, "label_smoothing": 0.1, "z_loss": 0.05, "ignore_index": -1}
+    with small_pieces():
+        check(tensors, target, upstream, reduction=reduction, lowering="interpret", recompute=recompute, **options)
+
+
+@PATHS
+def test_repeats_bit_for_bit(recompute: bool) -> None:
+    *tensors, target = problem(70, 64, 57, torch.bfloat16)
+    first, second = (run(interpreted, tensors, target, recompute=recompute) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first.named().values(), second.named().values(), strict=True))
+
+
+def interpreted(*tensors: Any, **options: Any) -> Tensor:
+    return linear_cross_entropy(*tensors, lowering="interpret", **options)
+
+
+@PATHS
+@pytest.mark.parametrize("trained", [(True, False, False), (False, True, False), (False, False, True), (False,) * 3])
+def test_computes_no_gradient_that_nobody_asks_for(trained: tuple[bool, ...], recompute: bool) -> None:
+    *tensors, target = problem()
+    for one, on in zip(tensors, trained, strict=True):
+        one.requires_grad_(on)
+    found = check(tensors, target, lowering="interpret", recompute=recompute)
+    assert tuple(gradient is not None for gradient in found.gradients.values()) == trained
+    wanted = FORWARD(*tensors, target, *constants("mean", *trained, recompute=recompute, lowering="interpret"))
+    computed = (*trained, False) if not recompute else (*(False,) * 3, any(trained))
+    assert tuple(bool(one.numel()) for one in wanted[1:5]) == computed
+
+
+@PATHS
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("rows", [0, 3])
+def test_no_row_counts(rows: int, reduction: str, label_smoothing: float, recompute: bool) -> None:
+    *tensors, target = problem(rows)
+    options = {"reduction": reduction, "label_smoothing": label_smoothing, "recompute": recompute}
+    ignored = torch.full_like(target, -100)
+    found = [run(loss, tensors, ignored, **options) for loss in (interpreted, eager)]
+    for ours, theirs in zip(found[0].named().values(), found[1].named().values(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
+    assert math.isnan(found[0].loss.sum()) == (reduction == "mean")
+
+
+# --- numbers that are none, and targets ----------------------------------------------------------------------------
+
+
+@PATHS
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("where", ["hidden", "bias"])
+def test_nan_and_infinity_go_where_torch_lets_them_go(where: str, value: float, recompute: bool) -> None:
+    hidden, weight, bias, target = (t.detach() for t in problem())
+    target[target == 5] = 6
+    {"hidden": hidden, "bias": bias}[where].view(-1)[5] = value
+    tensors = tuple(t.requires_grad_() for t in (hidden, weight, bias))
+    ours, theirs = (run(loss, tensors, target, recompute=recompute) for loss in (interpreted, eager))
+    for name, right in theirs.named().items():
+        torch.testing.assert_close(ours.named()[name], right, equal_nan=True, msg=f"{name}: {ours} is not {theirs}")
+
+
+@PATHS
+def test_classes_that_are_ruled_out_by_a_bias_fill_whole_tiles(recompute: bool) -> None:
+    """The first tiles of 16 classes, and the first part of 32, have no finite logit."""
+    hidden, weight, bias, target = problem()
+    ruled_out = bias.detach().clone()
+    ruled_out[:40] = -math.inf
+    check((hidden, weight, ruled_out), target % 17 + 40, lowering="interpret", recompute=recompute)
+
+
+@PATHS
+def test_an_ignored_row_has_no_part_in_the_loss_even_if_it_is_nan(recompute: bool) -> None:
+    hidden, weight, bias, target = problem()
+    target[4] = -100
+    poisoned = hidden.detach().clone()
+    poisoned[4] = math.nan
+    weight.requires_grad_(False)  # its gradient is eager's: 0 * NaN
+    clean, ours = (
+        run(interpreted, (one, weight, bias), target, recompute=recompute)
+        for one in (hidden, poisoned.requires_grad_())
+    )
+    assert all(torch.equal(a, b) for a, b in zip(_there(clean), _there(ours), strict=True))
+
+
+def _there(step: Any) -> list[Tensor]:
+    return [one for one in step.named().values() if one is not None]
+
+
+@PATHS
+@pytest.mark.parametrize("wrong", [57, 63, -1, 2**40])
+def test_the_loss_of_a_target_that_is_no_class_is_nan(wrong: int, recompute: bool) -> None:
+    """A kernel cannot raise; 63 is a column of the last tile."""
+    *tensors, target = problem()
+    target[2] = wrong
+    losses = interpreted(*tensors, target, reduction="none", recompute=recompute)
+    assert torch.arange(70)[losses.isnan()].tolist() == [2]
+
+
+@PATHS
+def test_a_small_probability_keeps_its_loss_and_a_large_one_its_gradient(recompute: bool) -> None:
+    """exp(-200) is 0 in fp32, and 1 - exp(-9) is 1 in bf16."""
+    hidden, target = torch.tensor([[1.0], [1.0]]), torch.tensor([0, 1])
+    how = {"lowering": "interpret", "recompute": recompute}
+    for dtype in (torch.float32, torch.bfloat16):
+        far = (hidden.to(dtype).requires_grad_(), torch.tensor([[-200.0], [0.0]], dtype=dtype).requires_grad_(), None)
+        assert check(far, target, reduction="none", **how).loss.tolist() == [200.0, 0.0]
+        near = (hidden.to(dtype).requires_grad_(), torch.tensor([[0.0], [9.0]], dtype=dtype).requires_grad_(), None)
+        assert check(near, target[1:].expand(2), **how).gradients["weight"].abs().min() > 1e-4
+
+
+@PATHS
+def test_argmax_is_the_first_of_the_largest_logits_in_any_tile(recompute: bool) -> None:
+    draw = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randint(-1, 2, (rows, 8), generator=draw).float() for rows in (70, 150))
+    bias, target = torch.zeros(150), torch.randint(0, 150, (70,), generator=draw)
+    target[3] = -100
+    loss, best = linear_cross_entropy_and_argmax(
+        hidden, weight, bias, target, reduction="none", lowering="interpret", recompute=recompute
+    )
+    logits = hidden @ weight.t()  # of whole numbers: exact, and the largest is rarely alone
+    largest = logits == logits.amax(-1, keepdim=True)
+    assert (largest[:, :32].any(-1) & largest[:, 32:].any(-1)).any()  # in two parts of the vocabulary
+    assert torch.equal(loss, interpreted(hidden, weight, bias, target, reduction="none", recompute=recompute))
+    assert torch.equal(best, logits.argmax(-1).masked_fill(target == -100, -1))
+
+
+# --- as an operator ------------------------------------------------------------------------------------------------
+
+
+@PATHS
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_fake_and_autograd_registrations_are_true(reduction: str, transposed: bool, recompute: bool) -> None:
+    hidden, weight, bias, target = problem(20)
+    weight = (weight.detach().t().contiguous().t() if transposed else weight.detach()).requires_grad_()
+    how = {"recompute": recompute, "lowering": "interpret", "argmax": transposed}
+    values = constants(reduction, True, True, True, **how)
+    torch.library.opcheck(FORWARD, (hidden, weight, bias, target, *values))
+    *_, normalizer, _ = FORWARD(hidden, weight, bias, target, *values)
+    if normalizer.numel():
+        saved = (hidden.detach(), weight.detach(), bias.detach(), target, normalizer)
+        torch.library.opcheck(BACKWARD, (torch.rand(20 if reduction == "none" else ()), *saved, *values))
+
+
+def test_compiles_with_changing_sizes() -> None:
+    compiled = torch.compile(interpreted, backend="aot_eager", dynamic=True, fullgraph=True)
+    for rows in (40, 7, 1):
+        *tensors, target = problem(rows)
+        ours, here = (run(function, tensors, target) for function in (compiled, interpreted))
+        assert all(torch.equal(a, b) for a, b in zip(ours.named().values(), here.named().values(), strict=True))
