@@ -56,7 +56,7 @@ class Options:
         names = [field.name for field in dataclasses.fields(cls)]
         for key in values:
             if key not in names:
-                raise OptionError(f"fxopt has no option {key!r}{_nearest(key, names)}. Options: {', '.join(names)}.")
+                raise OptionError(f"fxopt has no option {key!r}{nearest(key, names)}. Options: {', '.join(names)}.")
         if "dump" not in values and os.environ.get("FXOPT_DUMP"):
             values["dump"] = os.environ["FXOPT_DUMP"]
         found: dict[str, Any] = {key: _PARSERS[key](values[key]) for key in names if key in values}
@@ -65,7 +65,7 @@ class Options:
         for name in parsed.force:
             if name not in known:
                 raise OptionError(
-                    f"option force: no rule {name!r}{_nearest(str(name), known)}. Rules: {', '.join(known)}."
+                    f"option force: no rule {name!r}{nearest(str(name), known)}. Rules: {', '.join(known)}."
                 )
         return parsed
 
@@ -83,14 +83,15 @@ class Options:
         return [rule for rule in (*RULES, *added) if rule.name not in removed]
 
 
-def _nearest(key: str, names: list[str]) -> str:
+def nearest(key: str, names: Sequence[str]) -> str:
+    """What to add to a message about `key`, which is none of `names`: the one that may have been meant."""
     close = difflib.get_close_matches(str(key), names, n=1, cutoff=0.5)
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
 def _one_of(name: str, choices: Sequence[str], value: Any) -> Any:
     if value not in choices:
-        raise OptionError(f"option {name}={value!r}{_nearest(value, list(choices))} is not one of {list(choices)}.")
+        raise OptionError(f"option {name}={value!r}{nearest(value, list(choices))} is not one of {list(choices)}.")
     return value
 
 
@@ -126,7 +127,7 @@ def _rules(value: Any) -> tuple[Any, ...]:
     for item in _sequence("rules", value):
         if isinstance(item, str):
             if item.removeprefix("-") not in known:
-                near = _nearest(item.removeprefix("-"), known)
+                near = nearest(item.removeprefix("-"), known)
                 raise OptionError(f"option rules: no rule {item!r}{near}. Rules: {', '.join(known)}.")
         elif not isinstance(item, Rule):
             raise OptionError(f"option rules: {item!r} is neither a rule name nor an fxopt.Rule.")
@@ -154,7 +155,7 @@ def _inductor(value: Any) -> tuple[tuple[str, Any], ...]:
     known = compat.inductor_option_names()
     for key in value:
         if key.replace("-", "_") not in known:
-            raise OptionError(f"option inductor: torch._inductor.config has no {key!r}{_nearest(key, known)}.")
+            raise OptionError(f"option inductor: torch._inductor.config has no {key!r}{nearest(key, known)}.")
     return tuple(value.items())
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
+
+from fxopt.options import nearest
 
 __all__ = ["UsageError", "check_name"]
 
@@ -15,6 +16,4 @@ class UsageError(Exception):
 def check_name(what: str, name: str, names: Sequence[str], hint: str = "") -> None:
     """Raise UsageError, with the nearest of `names`, if `name` is none of them. hint: in place of listing all."""
     if name not in names:
-        close = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
-        nearest = f" (did you mean {close[0]!r}?)" if close else ""
-        raise UsageError(f"no {what} {name!r}{nearest}. {hint or 'There are: ' + ', '.join(names) + '.'}")
+        raise UsageError(f"no {what} {name!r}{nearest(name, names)}. {hint or 'There are: ' + ', '.join(names) + '.'}")

@@ -1,0 +1,125 @@
+"""Items that are prepared beside each other, as many as the card's memory allows, and then measured in turn, alone."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from measure import alternate
+
+from gpu.item import Answer, Item
+from gpu.process import Process, Processes
+
+Record = dict[str, Any]
+"""{"prepared": Answer, "samples": [Answer, ...]}, or {"error": why}; {"skipped": why} where time ran out."""
+
+
+class Room:
+    """Memory of the card, of which every item takes a part while it needs it."""
+
+    def __init__(self, gib: float) -> None:
+        self.gib, self._used, self._changed = gib, 0.0, threading.Condition()
+
+    def take(self, gib: float) -> None:
+        """Wait until there is as much, or nobody else."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._used == 0 or self._used + gib <= self.gib)
+            self._used += gib
+
+    def give(self, gib: float) -> None:
+        """Back."""
+        with self._changed:
+            self._used = max(0.0, self._used - gib)
+            self._changed.notify_all()
+
+
+def batches(items: Sequence[Item], room: float, most: int) -> Iterator[list[Item]]:
+    """Cut a list of items to be measured: those of a batch are held together, while one of them is measured."""
+    batch: list[Item] = []
+    for item in items:
+        held = sum(one.rest_gib for one in batch) + max((one.gib for one in [*batch, item]), default=0.0)
+        if batch and (held > room or len(batch) == most or item.group != batch[0].group):
+            yield batch
+            batch = []
+        batch.append(item)
+    if batch:
+        yield batch
+
+
+def seconds(batch: Sequence[Item], room: float, jobs: int) -> float:
+    """What a batch takes, by the items' estimates."""
+    together = max(1.0, min(jobs, len(batch), room / max(one.gib for one in batch)))
+    preparing = max(max(one.seconds for one in batch), sum(one.seconds for one in batch) / together)
+    return preparing + sum(one.turns * one.turn_seconds for one in batch)
+
+
+@dataclass
+class Runner:
+    """What batches are run with. left: seconds until the end of the run."""
+
+    processes: Processes
+    room: Room
+    jobs: int
+    left: Callable[[], float]
+
+    def unmeasured(self, items: Sequence[Item], fits: Callable[[Item], bool], done: Callable[[Item, Record], None]) -> None:
+        """Items without turns, each as soon as a worker is free; `done` is called from several threads."""
+
+        def one(item: Item) -> None:
+            if not fits(item):
+                done(item, {"skipped": "the time that the phase had is over"})
+                return
+            process, answer = self._prepared(item)
+            self._let_go(item, process, item.gib)
+            done(item, record_of(answer, []))
+
+        with ThreadPoolExecutor(self.jobs) as threads:
+            list(threads.map(one, items))
+
+    def measured(self, batch: Sequence[Item], done: Callable[[Item, Record], None]) -> None:
+        """A batch: all prepared, then measured in turns, forwards and backwards."""
+        with ThreadPoolExecutor(max(1, min(self.jobs, len(batch)))) as threads:
+            prepared = dict(zip([one.name for one in batch], threads.map(self._held, batch), strict=True))
+        samples: dict[str, list[Answer]] = {one.name: [] for one in batch}
+        items = {one.name: one for one in batch}
+        for turn in range(max(one.turns for one in batch)):
+            for item in map(items.__getitem__, alternate(list(items), turn)):
+                process, answer = prepared[item.name]
+                if process.alive and "error" not in answer and turn < item.turns:
+                    sample = process.ask("measure", turn, self._patience(item))
+                    samples[item.name].append(sample)
+                    answer |= {"error": sample["error"]} if "error" in sample else {}
+        for item in batch:
+            process, answer = prepared[item.name]
+            self._let_go(item, process, item.rest_gib)
+            done(item, record_of(answer, samples[item.name]))
+
+    def _held(self, item: Item) -> tuple[Process, Answer]:
+        """Prepared, and cut to what it holds between turns."""
+        process, answer = self._prepared(item)
+        self.room.give(item.gib - item.rest_gib)
+        return process, answer
+
+    def _prepared(self, item: Item) -> tuple[Process, Answer]:
+        self.room.take(item.gib)
+        process = self.processes.take(item.fresh)
+        return process, process.ask("prepare", item, self._patience(item))
+
+    def _let_go(self, item: Item, process: Process, gib: float) -> None:
+        if process.alive and not item.fresh:
+            process.ask("drop", None, 30)
+        self.processes.give(process, item.fresh)
+        self.room.give(gib)
+
+    def _patience(self, item: Item) -> float:
+        return max(1.0, min(item.timeout, self.left()))
+
+
+def record_of(answer: Answer, samples: list[Answer]) -> Record:
+    """What is kept of an item."""
+    if "error" in answer:
+        return {"error": answer["error"], **({"timeout": True} if answer.get("timeout") else {})}
+    return {"prepared": answer, "samples": samples}

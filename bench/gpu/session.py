@@ -1,0 +1,81 @@
+"""A run: the phases in order, each within its share of the time, then what is left over while there is time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from gpu.batch import Record, Runner, batches, seconds
+from gpu.item import Item
+from gpu.store import Store
+
+SHARES = {"check": 2.5, "tune": 2.0, "kernels": 3.0, "step": 3.5}
+"""Minutes of nine, or that part of the time that the phases asked for have."""
+
+
+class Clock:
+    """Time until the end of the run."""
+
+    def __init__(self, minutes: float) -> None:
+        self.end = time.monotonic() + 60 * minutes
+
+    def left(self) -> float:
+        """Seconds."""
+        return self.end - time.monotonic()
+
+
+@dataclass
+class Session:
+    """What a run works with, and what came of it.
+
+    said: called with a line for people. skipped: names of items for which there was no time, by phase.
+    """
+
+    runner: Runner
+    store: Store
+    clock: Clock
+    said: Callable[[str], None]
+    room: float
+    most: int
+    skipped: dict[str, list[str]] = field(default_factory=dict)
+
+    def go(self, phases: dict[str, list[Item]]) -> None:
+        """Run every phase within its share; then go through what was left out again, with all the time there is."""
+        waiting = dict(phases)
+        for at, phase in enumerate(phases):
+            shares = [SHARES[one] for one in list(phases)[at:]]
+            seconds_now = self.clock.left() * shares[0] / sum(shares)
+            self.said(f"{phase}: {len(waiting[phase])} items, {seconds_now:.0f} s")
+            waiting[phase] = self._phase(waiting[phase], time.monotonic() + seconds_now)
+        for phase, items in waiting.items():
+            self.skipped[phase] = [one.name for one in self._phase(items, self.clock.end)] if items else []
+
+    def _phase(self, items: Sequence[Item], end: float) -> list[Item]:
+        """Returns those for which there was no time."""
+        waiting: dict[str, Item] = {one.name: one for one in items}
+
+        def done(item: Item, record: Record) -> None:
+            if "skipped" in record or (record.get("timeout") and self.clock.left() < 5):
+                return
+            self.store.add(item.phase, item.name, {"spec": item.spec, **record})
+            waiting.pop(item.name, None)
+            if "error" in record:
+                self.said(f"{item.name}: {record['error'][:200]}")
+
+        self.runner.unmeasured([one for one in items if not one.turns], lambda one: time.monotonic() < end, done)
+        for batch in batches([one for one in items if one.turns], self.room, self.most):
+            if any(one.fresh for one in batch):
+                self.runner.processes.end_idle()
+            if time.monotonic() + seconds(batch, self.room, self.runner.jobs) <= end:
+                self.runner.measured(batch, done)
+                self._again(batch, done)
+        return list(waiting.values())
+
+    def _again(self, batch: Sequence[Item], done: Callable[[Item, Record], None]) -> None:
+        """What found no memory beside others is run once more by itself."""
+        records = self.store.phase(batch[0].phase)
+        for item in batch if len(batch) > 1 else ():
+            fits = seconds([item], self.room, 1) < self.clock.left()
+            if fits and records.get(item.name, {}).get("error", "").startswith("OutOfMemoryError"):
+                self.runner.measured([item], done)
