@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -20,15 +21,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; 0 if all is well, 1 if what was looked at is not, 2 for a mistake in `arguments`."""
     given = _parser().parse_args(arguments)
     try:
-        return int(given.run(given))
+        code = int(given.run(given))
+        sys.stdout.flush()
     except UsageError as error:
         print(f"fxopt: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # of `fxopt kernels --list | head`
-        sys.stderr.close()
+    except BrokenPipeError:  # of `fxopt kernels --list | head`; Python would flush once more when it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    return code
 
 
 def _parser() -> argparse.ArgumentParser:

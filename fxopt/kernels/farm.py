@@ -76,7 +76,7 @@ class _Worker:
 
     def ask(self, job: Job) -> Outcome:
         """What comes of `job`. Raises OSError where no process can be had."""
-        process = self.process = self.process or self._start()
+        process = self.process or self._start()
         try:
             self.connection.send(job)
             if self.connection.poll(self.limit):
@@ -94,6 +94,7 @@ class _Worker:
         self.connection, theirs = context.Pipe()
         process = context.Process(target=_serve, args=(theirs, self.compiler), daemon=True)
         process.start()
+        self.process = process
         theirs.close()
         with contextlib.suppress(EOFError):
             self.connection.recv()  # imports take 3 s, which are not the kernel's

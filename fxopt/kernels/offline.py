@@ -92,10 +92,9 @@ def _options(config: Config) -> dict[str, int]:
 def _listening() -> Iterator[io.StringIO]:
     """Within, this process compiles anew and keeps nothing (Triton would, 0.5 MB a kernel); yields ptxas's log."""
     with contextlib.ExitStack() as stack:
-        for group in (knobs.cache, knobs.compilation, knobs.nvidia):
+        for group in (knobs.cache, knobs.nvidia):
             stack.enter_context(group.scope())
         knobs.cache.dir = stack.enter_context(tempfile.TemporaryDirectory(prefix="fxopt-offline-"))
-        knobs.compilation.always_compile = True
         knobs.nvidia.dump_ptxas_log = True
         yield stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
 

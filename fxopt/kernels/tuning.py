@@ -41,10 +41,10 @@ def tune(run: Run, card: Card, timer: Timer | None = None, again: bool = False) 
     kernel in place of what is remembered. timer: milliseconds of a callable, by default the median of `do_bench`.
     again: also measure kernels of which something is remembered.
 
-    Nothing is done with ``FXOPT_TUNE=0``. Raises what `run` raises with the defaults; a candidate alone may fail.
-    Other threads may train meanwhile: they are not measured with candidates, only disturb the times.
+    Nothing is done with ``FXOPT_TUNE=0``, or where there is no card. Raises what `run` raises with the defaults; a
+    candidate alone may fail. Other threads may train meanwhile: they are launched as before, and disturb the times.
     """
-    if not tuning_is_on():
+    if not tuning_is_on() or not card.model:
         return ()
     measure = timer or do_bench
     seen = Trial(card)

@@ -101,9 +101,12 @@ def test_other_cards_types_and_versions_are_measured_by_themselves(monkeypatch: 
 
 
 @pytest.mark.parametrize("card", [CARDS[1], INTERPRETER], ids=lambda card: card.name)
-def test_the_disk_is_not_asked_where_there_is_no_card(card: Card, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_read_or_measured_where_there_is_no_card(card: Card, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(configs, "_read", lambda path: pytest.fail(f"{path} was read"))
     assert config_for(COPY, SIZES, card) == SIZES[0]
+    run = launches(3.0, 2.0, 1.0)
+    assert tune(run, card, run.timer) == ()
+    assert run.count == 0
 
 
 def test_tuning_can_be_turned_off(monkeypatch: pytest.MonkeyPatch) -> None:
