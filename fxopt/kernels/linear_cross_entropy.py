@@ -136,7 +136,7 @@ def _in_lines(arguments: Sequence[str]) -> list[str]:
 # --- how they are launched ---------------------------------------------------------------------------------------
 
 # BLOCK_M, BLOCK_N, BLOCK_K, warps, stages; the first that fits is the default.
-_NARROW = ((128, 256, 64, 8, 4), (128, 128, 64, 8, 4), (128, 128, 64, 8, 3), (128, 128, 32, 8, 4), (128, 128, 64, 8, 2))
+_NARROW = ((128, 256, 64, 8, 4), (128, 128, 64, 8, 4), (128, 128, 64, 8, 3), (128, 128, 32, 8, 4), (128, 64, 64, 8, 2))
 _FP32 = ((128, 64, 16, 8, 3), (128, 128, 16, 8, 2), (64, 64, 32, 8, 3), (64, 64, 32, 4, 2))
 _PART = 1024
 """Classes that a program of the forward goes through: 126 programs for each tile of tokens at 128k."""

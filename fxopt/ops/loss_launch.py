@@ -98,26 +98,34 @@ def gradients(
     """By hidden, weight and bias, in their dtype and (weight) strides; upstream: the loss's, a scalar or [N]."""
     x, w, generated = _operands(hidden, weight, bias, spec, argmax=False)
     factor = _row_factors(upstream, target, spec)
-    step = _classes_at_a_time(x.shape[0], w)
-    piece = x.new_empty(x.shape[0], step)
-    by_x = torch.zeros_like(x, dtype=torch.float32, memory_format=torch.contiguous_format) if wanted.hidden else None
+    by_x = x.new_zeros(x.shape, dtype=torch.float32) if wanted.hidden else None
     by_w = torch.empty_like(weight) if wanted.weight else None
     by_bias = w.new_empty(w.shape[0]) if wanted.bias else None
+    step = _classes_at_a_time(x.shape[0], w)
+    piece = x.new_empty(x.shape[0], step)
     for classes in slices(w.shape[0], step):
-        part = piece[:, : classes.stop - classes.start]
-        _logit_gradient(part, classes, x, w, bias, target, factor, normalizer, generated)
-        if by_x is not None:
-            add_product(by_x, part, w[classes])
-        if by_w is not None:
-            torch.mm(part.t(), x, out=by_w[classes])
-        if by_bias is not None:
-            by_bias[classes] = part.sum(0, dtype=torch.float32)
-    del piece, part
+        _multiply(
+            _logit_gradient(piece, classes, x, w, bias, target, factor, normalizer, generated),
+            classes, x, w, by_x, by_w, by_bias,
+        )  # fmt: skip
+    del piece  # before hidden's gradient is there twice
     return None if by_x is None else by_x.to(x.dtype), by_w, by_bias
 
 
+def _multiply(
+    part: Tensor, classes: slice, x: Tensor, w: Tensor, by_x: Tensor | None, by_w: Tensor | None, by_bias: Tensor | None
+) -> None:
+    """Put what the gradient `part` [N, C] of the logits of `classes` gives where it belongs."""
+    if by_x is not None:
+        add_product(by_x, part, w[classes])
+    if by_w is not None:
+        torch.mm(part.t(), x, out=by_w[classes])
+    if by_bias is not None:
+        by_bias[classes] = part.sum(0, dtype=torch.float32)
+
+
 def _logit_gradient(
-    part: Tensor,
+    piece: Tensor,
     classes: slice,
     x: Tensor,
     w: Tensor,
@@ -126,11 +134,11 @@ def _logit_gradient(
     factor: Tensor,
     normalizer: Tensor,
     generated: LossKernelSpec,
-) -> None:
-    """Fill `part` [N, C] with the gradient of the logits of `classes`, before the scale."""
+) -> Tensor:
+    """The gradient [N, C] by the products with the rows `classes` of w, in the memory of `piece`."""
     kernel = backward_kernel(generated)
     config = _config(kernel, generated, x)
-    here = w[classes]
+    here, part = w[classes], piece[:, : classes.stop - classes.start]
     arguments = _tensors(x, here, None if bias is None else bias[classes], target)
     arguments |= {"Factor": factor, "Largest": normalizer[0], "Total": normalizer[1], "Gradient": part}
     if generated.label_smoothing:
@@ -139,6 +147,7 @@ def _logit_gradient(
     arguments |= _strides(generated, x, here) | {"gradient_stride": part.stride(0)}
     tiles = [count_blocks(size, _tile(config, f"BLOCK_{axis}")) for axis, size in zip("MN", part.shape, strict=True)]
     launch(kernel, tiles[0] * tiles[1], arguments, config)
+    return part
 
 
 def _row_factors(upstream: Tensor, target: Tensor, spec: LossSpec) -> Tensor:
@@ -173,8 +182,8 @@ def _generated(
         triton_dtype(hidden.dtype),
         *spec.constants,
         bias=bias is not None,
-        transposed=not _is_dense(weight) and _is_dense(weight.t()),
-        whole=hidden.shape[1] % 64 == 0,
+        transposed=bool(not _is_dense(weight) and _is_dense(weight.t())),
+        whole=bool(hidden.shape[1] % 64 == 0),
         argmax=argmax,
     )
 
@@ -209,7 +218,7 @@ def forward_workspace(hidden: Tensor, weight: Tensor, bias: Tensor | None, spec:
     """Bytes that `token_losses` holds at its peak, less its results: what the parts leave, and two to join them."""
     generated = _generated(hidden, weight, bias, spec, argmax)
     parts = _parts(_config(forward_kernel(generated), generated, hidden), weight.shape[0])
-    numbers = parts * (4 + bool(spec.label_smoothing) + argmax) + 4
+    numbers = parts * (4 + bool(spec.label_smoothing) + argmax)
     return 4 * hidden.shape[0] * numbers + _copied_bytes(hidden, weight)
 
 

@@ -261,8 +261,9 @@ def _recompute_memory(
     if call.by_tiles(hidden):
         return OpMemory(outputs, loss_launch.backward_workspace(hidden, weight, call.wanted))
     workspace = workspace_bytes(hidden.shape[0], weight, call.spec, call.wanted)
-    if gradient_dtype(weight.dtype) != weight.dtype:  # then they are there in both before they are returned
-        workspace += _bytes(_empty_gradients(hidden, weight, call.wanted, gradient_dtype(weight.dtype)))
+    wide = _bytes(_empty_gradients(hidden, weight, call.wanted, gradient_dtype(weight.dtype)))
+    if wide != outputs:  # they are rounded last, when the rest is gone
+        workspace = wide - outputs + max(workspace, outputs)
     return OpMemory(outputs, workspace)
 
 

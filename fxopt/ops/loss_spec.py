@@ -28,8 +28,10 @@ class LossSpec:
 
     @property
     def constants(self) -> tuple[float, float, float, float, int]:
-        """All but the reduction, which is not the business of a row."""
-        return self.scale, self.softcap, self.label_smoothing, self.z_loss, self.ignore_index
+        """All but the reduction, which is not the business of a row; symbols, as dynamic shapes bring, as numbers."""
+        numbers = (self.scale, self.softcap, self.label_smoothing, self.z_loss)
+        scale, softcap, label_smoothing, z_loss = map(float, numbers)
+        return scale, softcap, label_smoothing, z_loss, int(self.ignore_index)
 
 
 @dataclass(frozen=True)

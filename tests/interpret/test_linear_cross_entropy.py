@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from unittest import mock
 
+import harness
+import models
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from loss_cases import check, constants, eager, problem, problems, run
-from torch import Tensor
+from loss_cases import check, constants, eager, peak_bytes, problem, problems, run
+from torch import Tensor, fx
 
+import fxopt
+from fxopt import backend as pipeline
 from fxopt.ops import chunked_loss, loss_launch
 from fxopt.ops.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_and_argmax
 from fxopt.ops.loss_operator import BACKWARD, FORWARD
+from fxopt.ops.registry import memory_of
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 PATHS = pytest.mark.parametrize("recompute", [True, False], ids=["tiles", "chunks"])
@@ -202,3 +207,43 @@ def test_compiles_with_changing_sizes() -> None:
         *tensors, target = problem(rows)
         ours, here = (run(function, tensors, target) for function in (compiled, interpreted))
         assert all(torch.equal(a, b) for a, b in zip(ours.named().values(), here.named().values(), strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])  # a CPU reorders what bf16 products are of
+def test_the_memory_formulas_of_tiles_are_what_the_allocator_sees(dtype: torch.dtype) -> None:
+    hidden, weight, _, target = (t.detach() for t in problem(100, 16, 200, dtype))
+    values = constants("mean", True, True, False, argmax=True, recompute=True, lowering="interpret")
+    forward = (hidden, weight, None, target, *values)
+    *_, normalizer, _ = FORWARD(*forward)
+    backward = (torch.ones(()), hidden, weight, None, target, normalizer, *values)
+    with (
+        mock.patch.multiple(loss_launch, PIECE_BYTES=1, LEAST_CLASSES=64),
+        mock.patch.object(loss_launch, "add_product"),  # a CPU would widen narrow numbers for it
+    ):
+        peaks = [peak_bytes(lambda: FORWARD(*forward)), peak_bytes(lambda: BACKWARD(*backward))]
+        formulas = [memory_of(FORWARD, *forward), memory_of(BACKWARD, *backward)]
+    for peak, formula in zip(peaks, formulas, strict=True):
+        assert formula is not None
+        assert formula.outputs + formula.workspace == pytest.approx(peak, rel=0.1)
+
+
+# --- in models -----------------------------------------------------------------------------------------------------
+
+LOSS_ALONE = {"kernels": "interpret", "rules": ["-attention", "-norm"]}
+
+
+def loss_alone(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+    """fxopt with an interpreted loss and nothing else, and AOTAutograd's eager compiler: no C++ to compile."""
+    report, call = pipeline.run(gm, inputs, fxopt.Options.parse(LOSS_ALONE), harness.original)
+    pipeline.record(fxopt.Report([report]))
+    return call
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_a_training_step_of_a_model(family: str) -> None:
+    fxopt.clear_reports()
+    model, inputs = models.build(family, dtype=torch.bfloat16)
+    with mock.patch.object(loss_launch, "gradients", wraps=loss_launch.gradients) as tiles:
+        harness.check(model, torch.compile(model, backend=loss_alone), inputs)
+    assert tiles.call_count == 1
+    harness.assert_loss_rewritten()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 from unittest import mock
@@ -14,13 +14,13 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from loss_cases import DTYPES, NAMES, Loss, check, constants, eager, problem, problems, run
+from loss_cases import DTYPES, NAMES, Loss, check, constants, eager, peak_bytes, problem, problems, run
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode
 
 from fxopt.ops import chunked_loss, logit_blocks, products
-from fxopt.ops.linear_cross_entropy import linear_cross_entropy
+from fxopt.ops.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_and_argmax
 from fxopt.ops.loss_operator import BACKWARD, FORWARD
 from fxopt.ops.registry import memory_of
 from fxopt.testing.compare import compare
@@ -179,10 +179,10 @@ def test_computes_no_gradient_that_nobody_asks_for() -> None:
     hidden, weight, bias, target = problem()
     product = 2 * hidden.shape[0] * weight.numel()
 
-    def flops(trained: tuple[bool, bool], reduction: str = "mean", training: bool = True) -> int:
+    def flops(trained: tuple[bool, bool], reduction: str = "mean", training: bool = True, **options: Any) -> int:
         pair = [t.detach().requires_grad_(on) for t, on in zip((hidden, weight), trained, strict=True)]
         with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(training):
-            loss = linear_cross_entropy(*pair, bias.detach(), target, reduction=reduction).sum()
+            loss = linear_cross_entropy(*pair, bias.detach(), target, reduction=reduction, **options).sum()
             if loss.requires_grad:
                 loss.backward()
         return counter.get_total_flops() // product
@@ -190,6 +190,28 @@ def test_computes_no_gradient_that_nobody_asks_for() -> None:
     assert [flops((a, b)) for a, b in ((True, True), (True, False), (False, True), (False, False))] == [3, 2, 2, 1]
     assert flops((True, True), training=False) == 1
     assert [flops(trained, "none") for trained in ((True, True), (True, False))] == [4, 2]
+    assert [flops(trained, recompute=True) for trained in ((True, True), (True, False))] == [4, 3]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_argmax_is_that_of_the_logits_and_changes_nothing_else(dtype: torch.dtype, softcap: float | None) -> None:
+    hidden, weight, bias, target = problem(dtype=dtype)
+    target[3] = -100
+    with small_chunks():
+        losses, best = linear_cross_entropy_and_argmax(
+            hidden, weight, bias, target.view(7, 10), softcap=softcap, reduction="none"
+        )
+        alone = linear_cross_entropy(hidden, weight, bias, target.view(7, 10), softcap=softcap, reduction="none")
+    assert torch.equal(losses, alone)
+    logits = (hidden.double() @ weight.double().t() + bias.double()).detach()
+    if dtype in (torch.float64, torch.float32):
+        assert torch.equal(best.flatten(), logits.argmax(-1).masked_fill(target == -100, -1))
+    chosen = logits.gather(1, best.view(-1, 1).clamp(min=0)).squeeze(1)
+    near = chosen >= logits.amax(-1) - 2 * torch.finfo(dtype).eps * logits.abs().amax(-1)
+    assert near[target != -100].all()
+    assert best.shape == (7, 10)
+    assert best.flatten()[3] == -1
 
 
 # --- edges -------------------------------------------------------------------------------------------------------
@@ -360,19 +382,6 @@ def test_trains_a_tied_model_through_inductor() -> None:
 # --- memory ------------------------------------------------------------------------------------------------------
 
 
-def peak_bytes(work: Callable[[], object]) -> int:
-    """The most that `work` has allocated at a time, by the allocator's own events."""
-    with torch.profiler.profile(profile_memory=True) as profile:
-        kept = work()
-    del kept
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    now = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        now += event.nbytes()
-        peak = max(peak, now)
-    return peak
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("softcap", [0.0, 5.0])
 @pytest.mark.parametrize("needs", [(True, True, False), (True, False, False), (False, False, False)])
@@ -388,6 +397,24 @@ def test_the_memory_formula_is_what_the_allocator_sees(
     assert formula is not None
     assert formula.outputs + formula.workspace == pytest.approx(peak, rel=0.1)
     assert peak < 512 * 32_000 * 4 + weight.nbytes  # a single fp32 copy of the logits and a gradient
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_memory_formula_of_the_backward_is_what_the_allocator_sees(dtype: torch.dtype) -> None:
+    *tensors, target = (t.detach() for t in problem(512, 128, 32_000, dtype))
+    tensors[2] = None
+    arguments = (
+        torch.ones(()),
+        *tensors,
+        target,
+        torch.empty(0),
+        *constants("mean", True, True, False, recompute=True),
+    )
+    BACKWARD(*arguments)
+    peak = peak_bytes(lambda: BACKWARD(*arguments))
+    formula = memory_of(BACKWARD, *arguments)
+    assert formula is not None
+    assert formula.outputs + formula.workspace == pytest.approx(peak, rel=0.1)
 
 
 def test_memory_of_other_operators_is_unknown() -> None:
