@@ -3,6 +3,6 @@
     python bench/gpu/run.py
 
 See docs/gpu.md. The parts, in the order in which a run passes them: `cli` reads the options, `session` goes through the
-phases within the budget, `pool` runs their items in worker processes (`worker`), `store` writes each result as it comes,
-`tables` prints. A phase is a module with `items` and a job: `check`, `kernels`, `step`, `tune`.
+phases within the budget, `batch` runs their items in worker processes (`process`, `worker`), `store` writes each result
+as it comes, `tables` prints. A phase is a module with `items` and a job: `check`, `kernels`, `step`, `tune`.
 """

@@ -152,9 +152,7 @@ def _documents(s: _Sizes) -> Mask:
     ids = (s.uniform(s.batch, s.keys) < 4 / s.keys).cumsum(1)
     same = apply("eq", load(s.slot, (B, Q), "int"), load(s.slot, (B, K), "int"))
     predicate = Program(apply("and", apply("le", K, Q), same))
-    return Mask(
-        lambda b, h, q, k: (k <= q) & (ids[b, q] == ids[b, k]), None, 0, {"documents": ids}, predicate, (ids,)
-    )
+    return Mask(lambda b, h, q, k: (k <= q) & (ids[b, q] == ids[b, k]), None, 0, {"documents": ids}, predicate, (ids,))
 
 
 def _padding(s: _Sizes) -> Mask:

@@ -90,8 +90,10 @@ class AttentionProblem:
             "predicate": "" if mask.predicate is None else str(mask.predicate), "lowering": self.lowering,
         }  # fmt: skip
         if mask.intervals:
-            sizes = {"batch": case.batch, "queries": case.queries, "keys": case.keys}
-            options["intervals"] = key_intervals(**sizes, **mask.intervals, lower=mask.lower, upper=mask.upper)
+            options["intervals"] = key_intervals(
+                batch=case.batch, queries=case.queries, keys=case.keys, lower=mask.lower, upper=mask.upper,
+                **mask.intervals,
+            )  # fmt: skip
         if case.dropout:
             options |= {"dropout": case.dropout, "seed": torch.tensor(case.seed, device=self.device)}
         return options

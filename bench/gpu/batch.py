@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from gpu.item import Answer, Item
 from gpu.process import Process, Processes
 
 Record = dict[str, Any]
-"""{"prepared": Answer, "samples": [Answer, ...]}, or {"error": why}; {"skipped": why} where time ran out."""
+"""{"prepared": Answer, "samples": [Answer, ...], "seconds": ...}, or {"error": why, "seconds": ...}."""
 
 
 class Room:
@@ -50,9 +51,10 @@ def batches(items: Sequence[Item], room: float, most: int) -> Iterator[list[Item
 
 
 def seconds(batch: Sequence[Item], room: float, jobs: int) -> float:
-    """What a batch takes, by the items' estimates."""
-    together = max(1.0, min(jobs, len(batch), room / max(one.gib for one in batch)))
-    preparing = max(max(one.seconds for one in batch), sum(one.seconds for one in batch) / together)
+    """What a batch takes, by the items' estimates: the longest, or as long as workers or memory are full."""
+    by_workers = sum(one.seconds for one in batch) / jobs
+    by_memory = sum(one.seconds * one.gib for one in batch) / room
+    preparing = max(by_workers, by_memory, *(one.seconds for one in batch))
     return preparing + sum(one.turns * one.turn_seconds for one in batch)
 
 
@@ -65,12 +67,13 @@ class Runner:
     jobs: int
     left: Callable[[], float]
 
-    def unmeasured(self, items: Sequence[Item], fits: Callable[[Item], bool], done: Callable[[Item, Record], None]) -> None:
-        """Items without turns, each as soon as a worker is free; `done` is called from several threads."""
+    def unmeasured(
+        self, items: Sequence[Item], fits: Callable[[Item], bool], done: Callable[[Item, Record], None]
+    ) -> None:
+        """Items without turns, each as soon as a worker is free, if it then `fits`; `done` is called from threads."""
 
         def one(item: Item) -> None:
             if not fits(item):
-                done(item, {"skipped": "the time that the phase had is over"})
                 return
             process, answer = self._prepared(item)
             self._let_go(item, process, item.gib)
@@ -105,8 +108,9 @@ class Runner:
 
     def _prepared(self, item: Item) -> tuple[Process, Answer]:
         self.room.take(item.gib)
-        process = self.processes.take(item.fresh)
-        return process, process.ask("prepare", item, self._patience(item))
+        process, start = self.processes.take(item.fresh), time.monotonic()
+        answer = process.ask("prepare", item, self._patience(item))
+        return process, answer | {"seconds": round(time.monotonic() - start, 1)}
 
     def _let_go(self, item: Item, process: Process, gib: float) -> None:
         if process.alive and not item.fresh:
@@ -119,7 +123,8 @@ class Runner:
 
 
 def record_of(answer: Answer, samples: list[Answer]) -> Record:
-    """What is kept of an item."""
+    """What is kept of an item; the seconds are those of preparing it."""
+    taken = answer.pop("seconds")
     if "error" in answer:
-        return {"error": answer["error"], **({"timeout": True} if answer.get("timeout") else {})}
-    return {"prepared": answer, "samples": samples}
+        return {"error": answer["error"], "seconds": taken} | ({"timeout": True} if answer.get("timeout") else {})
+    return {"prepared": answer, "samples": samples, "seconds": taken}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import sys
 from collections.abc import Sequence
@@ -38,7 +39,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--only", default="", help="items whose name has this in it")
     parser.add_argument("--specs", type=int, help="drawn cases of check (default: 320; 12 if tiny)")
     parser.add_argument("--seed", type=int, default=0, help="of the drawn cases (default: %(default)s)")
-    parser.add_argument("--jobs", type=int, default=min(16, len(os.sched_getaffinity(0))), help="workers (default: cores)")
+    parser.add_argument(
+        "--jobs", type=int, default=min(16, len(os.sched_getaffinity(0))), help="workers (default: cores)"
+    )
     parser.add_argument("--commit", default="", help="what is measured, where the tree is a copy without git")
     parser.add_argument("--out", type=Path, help="folder of the JSON (default: bench/results/CARD)")
     parser.add_argument("--interpret", action="store_true", help="on this CPU, kernels interpreted; needs --tiny")
@@ -70,8 +73,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console.print(", ".join(f"{name} {value}" for name, value in machine.items()), highlight=False, soft_wrap=True)
     store = store_for(options, machine)
     phases = {phase: chosen(phase, options, settings, store) for phase in options.phase}
-    skipped = run(options, settings, machine, store, phases, clock, console)
-    return report(store, options.phase, skipped, console)
+    with Processes(settings) as processes:
+        room = Room(max(1.0, machine["gib"] - CONTEXT_GIB))
+        said = functools.partial(console.print, highlight=False, soft_wrap=True, markup=False)
+        session = Session(Runner(processes, room, options.jobs, clock.left), store, clock, said)
+        session.go(phases)
+    return report(options, store, session.skipped, console)
 
 
 def set_environment(settings: Settings, jobs: int) -> None:
@@ -106,34 +113,18 @@ def items(phase: str, options: argparse.Namespace, settings: Settings) -> list[I
     return {"kernels": kernels.items, "step": step.items, "tune": tune.items}[phase](settings)
 
 
-def run(
-    options: argparse.Namespace, settings: Settings, machine: dict[str, Any], store: Store, phases: dict[str, list[Item]],
-    clock: Clock, console: Console,
-) -> dict[str, list[str]]:  # fmt: skip
-    """Go through the phases; the names of items that there was no time for."""
-    room = max(1.0, machine["gib"] - CONTEXT_GIB)
-    processes = Processes(settings)
-
-    def said(line: str) -> None:
-        console.print(line, highlight=False, soft_wrap=True)
-
-    try:
-        runner = Runner(processes, Room(room), options.jobs, clock.left)
-        session = Session(runner, store, clock, said, room, options.jobs)
-        session.go(phases)
-        return session.skipped
-    finally:
-        processes.close()
-
-
-def report(store: Store, phases: Sequence[str], skipped: dict[str, list[str]], console: Console) -> int:
+def report(options: argparse.Namespace, store: Store, skipped: dict[str, list[str]], console: Console) -> int:
     """Print what is known of this commit on this card; 1 where something is wrong."""
     from gpu import tables
 
-    wrong = [sentence for phase in phases for sentence in tables.show(phase, store.phase(phase), console)]
+    flags = f" --seed {options.seed}" + " --interpret" * options.interpret + " --tiny" * options.tiny
+    shown = tables.Shown(console, flags, judged=not options.tiny)
+    wrong = [sentence for phase in options.phase for sentence in shown.phase(phase, store.phase(phase))]
     for phase, names in skipped.items():
         if names:
-            console.print(f"{phase}: no time for {len(names)} items (--resume): {', '.join(names[:12])}", soft_wrap=True)
+            console.print(
+                f"{phase}: no time for {len(names)} items (--resume): {', '.join(names[:12])}", soft_wrap=True
+            )
     for sentence in wrong:
         console.print(sentence, style="red", highlight=False, soft_wrap=True, markup=False)
     console.print(f"written to {store.folder}", highlight=False, soft_wrap=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from gpu.problem import Function, Outputs, Tensors
@@ -24,8 +26,7 @@ def captured_in_graph(function: Function) -> Function:
             return function(plain | dict(zip(wanted, leaves, strict=True)))
 
         samples = tuple(tensors[name].detach().clone().requires_grad_() for name in wanted)
-        graphed = torch.cuda.make_graphed_callables(call, samples)
-        outputs: Outputs = graphed(*(tensors[name] for name in wanted))
-        return outputs
+        graphed: Any = torch.cuda.make_graphed_callables(call, samples)
+        return tuple(graphed(*(tensors[name] for name in wanted)))
 
     return replayed

@@ -34,9 +34,11 @@ CASES: dict[str, tuple[dict[str, Any], Any, Any]] = {
 
 def items(settings: Settings) -> list[Item]:
     """The families in turn, each by the value of its cases."""
-    lists = [[_item(family, name, case, settings) for name, case in cases.items()] for family, (cases, *_) in CASES.items()]
+    lists = [
+        [_item(family, name, case, settings) for name, case in cases.items()] for family, (cases, *_) in CASES.items()
+    ]
     if settings.tiny:
-        lists = [each[:TINY[family]] for family, each in zip(CASES, lists, strict=True)]
+        lists = [each[: TINY[family]] for family, each in zip(CASES, lists, strict=True)]
     return [each[at] for at in range(max(map(len, lists))) for each in lists if at < len(each)]
 
 
@@ -53,6 +55,12 @@ def case_of(spec: dict[str, Any]) -> Any:
     """The case of an item's spec."""
     kinds = {"attention": AttentionCase, "norm": NormCase, "loss": LossCase}
     return kinds[spec["family"]](**spec["case"])
+
+
+def problem_of(spec: dict[str, Any], settings: Settings) -> Problem:
+    """The case's tensors, and ways to compute it."""
+    made: Problem = CASES[spec["family"]][1](case_of(spec), settings.device, settings.lowering)
+    return made
 
 
 def shrunk(case: Any) -> Any:
@@ -83,11 +91,9 @@ class Kernels:
     """One case and everybody who computes it."""
 
     def __init__(self, item: Item, settings: Settings) -> None:
-        _, kind, makers = CASES[item.spec["family"]]
-        case = case_of(item.spec)
-        self.settings, self.case = settings, case
-        self.problem: Problem = kind(case, settings.device, settings.lowering)
-        self.makers: dict[str, Maker] = makers(self.problem, settings)
+        self.settings, self.case = settings, case_of(item.spec)
+        self.problem = problem_of(item.spec, settings)
+        self.makers: dict[str, Maker] = CASES[item.spec["family"]][2](self.problem, settings)
         self.contenders: dict[str, Contender] = {}
         self.too_large: list[str] = []
         self.expected: list[torch.Tensor] | None = None

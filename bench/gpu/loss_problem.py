@@ -29,6 +29,8 @@ class LossCase:
     scale: float = 1.0
     softcap: float | None = None
     label_smoothing: float = 0.0
+    z_loss: float = 0.0
+    recompute: bool | None = None
     reduction: str = "mean"
     ignored: float = 0.0
     ignore_index: int = -100
@@ -51,8 +53,9 @@ class LossProblem:
         hidden = normal((case.rows, case.width), case.seed, self.dtype, self.device)
         weight = normal((case.classes, case.width), case.seed + 1, self.dtype, self.device)
         weight *= case.spread * case.width**-0.5
-        layout = LAYOUTS[case.layout]
-        found = {"hidden": layout(hidden), "weight": layout(weight), "target": self._target()}
+        found = {"hidden": LAYOUTS[case.layout](hidden), "weight": weight, "target": self._target()}
+        if case.layout != "far":  # which is of two rows
+            found["weight"] = LAYOUTS[case.layout](weight)
         if case.bias:
             found["bias"] = normal((case.classes,), case.seed + 2, self.dtype, self.device)
         for name, one in found.items():
@@ -71,10 +74,11 @@ class LossProblem:
 
     def ours(self, tensors: Tensors) -> Outputs:
         case = self.case
-        options = {"scale": case.scale, "softcap": case.softcap, **self._options(), "lowering": self.lowering}
+        names = ("scale", "softcap", "z_loss", "recompute")
+        options = {name: getattr(case, name) for name in names} | self._options() | {"lowering": self.lowering}
         found = linear_cross_entropy(
             tensors["hidden"], tensors["weight"], tensors.get("bias"), tensors["target"],
-            **options,  # type: ignore[arg-type]
+            **options,
         )  # fmt: skip
         return (found,)
 
@@ -86,9 +90,18 @@ class LossProblem:
         if case.softcap is not None:
             logits = case.softcap * torch.tanh(logits / case.softcap)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return (F.cross_entropy(logits, tensors["target"], **self._options()),)  # type: ignore[arg-type]
+        loss = F.cross_entropy(logits, tensors["target"], **self._options())  # type: ignore[arg-type]
+        return (loss + self._z_loss(logits, tensors["target"]) if case.z_loss else loss,)
 
     exact = eager
+
+    def _z_loss(self, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """z_loss times the squared logsumexp of the rows that are not ignored, reduced as the loss is."""
+        counted = target != self.case.ignore_index
+        squares = self.case.z_loss * logits.logsumexp(-1).square() * counted
+        if self.case.reduction == "none":
+            return squares
+        return squares.sum() / (counted.sum() if self.case.reduction == "mean" else 1)
 
     def _options(self) -> dict[str, object]:
         names = ("label_smoothing", "reduction", "ignore_index")
@@ -104,8 +117,10 @@ def drawn(number: int, seed: int, tiny: bool) -> LossCase:
         dtype=draw.choice(("bfloat16", "bfloat16", "bfloat16", "float16", "float32")),
         rows=min(rows, max(33, MOST // classes)),
         width=draw.choice((24, 40) if tiny else (8, 64, 80, 128, 576, 1024, 2304)), classes=classes,
-        bias=draw.random() < 0.3, scale=draw.choice((1.0, 1.0, 0.3, -2.0)), softcap=draw.choice((None, None, 5.0, 30.0)),
-        label_smoothing=draw.choice((0.0, 0.0, 0.1)), reduction=("mean", "sum", "none")[number % 3],
+        bias=draw.random() < 0.3, scale=draw.choice((1.0, 1.0, 0.3, -2.0)),
+        softcap=draw.choice((None, None, 5.0, 30.0)),
+        label_smoothing=draw.choice((0.0, 0.0, 0.1)), z_loss=draw.choice((0.0, 0.0, 0.0, 1e-3)),
+        recompute=draw.choice((None, None, True, False)), reduction=("mean", "sum", "none")[number % 3],
         ignored=draw.choice((0.0, 0.4)), ignore_index=draw.choice((-100, 0)), spread=draw.choice((1.0, 5.0)),
         layout=draw.choice(("as drawn", *USUAL)), frozen=("", "", "weight", "hidden", "bias")[number % 5],
         seed=1000 * number,

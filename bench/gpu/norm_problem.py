@@ -55,7 +55,7 @@ class NormCase:
         low = DTYPES[self.dtype]
         plain = NormSpec("rms", 1e-5, "square", torch.float32, low, False, 0.0, low, low)
         changes = {
-            name: DTYPES.get(value, low) if name in ("compute", "normalized", "affine", "output") else value
+            name: DTYPES.get(str(value), low) if name in ("compute", "normalized", "affine", "output") else value
             for name, value in VARIANTS[self.variant][1].items()
         }
         return dataclasses.replace(plain, **changes)  # type: ignore[arg-type]

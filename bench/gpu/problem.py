@@ -38,7 +38,7 @@ class Problem(Protocol):
 def normal(shape: Sequence[int], seed: int, dtype: torch.dtype, device: str) -> Tensor:
     """Standard normal numbers, the same on every call on a device."""
     generator = torch.Generator(device).manual_seed(seed)
-    return torch.randn(*shape, generator=generator, device=device).to(dtype)
+    return torch.randn(tuple(shape), generator=generator, device=device).to(dtype)
 
 
 def leaves_of(tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> Tensors:
@@ -91,4 +91,4 @@ def differing(first: Step, second: Step) -> list[str]:
 
 def _bits(tensor: Tensor | None) -> Tensor:
     assert tensor is not None
-    return tensor.contiguous().view(torch.uint8)  # NaN equals itself here
+    return tensor.flatten().contiguous().view(torch.uint8)  # NaN equals itself here

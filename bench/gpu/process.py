@@ -6,10 +6,13 @@ import itertools
 import multiprocessing
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from gpu.item import Answer, Settings
 from gpu.worker import serve
+
+PATIENCE = 10.0
+"""Seconds in which a process that has nothing to do ends by itself."""
 
 _NUMBERS = itertools.count()
 
@@ -21,7 +24,7 @@ class Process:
         context = multiprocessing.get_context("spawn")  # a forked process cannot use CUDA
         self._here, there = context.Pipe()
         self.log = logs / f"worker-{next(_NUMBERS)}.txt"
-        self._process = context.Process(target=serve, args=(there, settings, str(self.log)))
+        self._process = context.Process(target=serve, args=(there, settings, str(self.log)), daemon=True)
         self._process.start()
         there.close()
         self.alive = True
@@ -47,10 +50,15 @@ class Process:
         text = self.log.read_text(errors="replace") if self.log.exists() else ""
         return text.strip()[-500:]
 
-    def end(self) -> None:
-        """Kill it, whatever it is at."""
+    def close(self) -> None:
+        """Let it end when it is done."""
         self.alive = False
         self._here.close()
+
+    def end(self, patience: float = 0.0) -> None:
+        """Close, wait for so many seconds, and kill it if it is still there."""
+        self.close()
+        self._process.join(patience)
         if self._process.is_alive():
             self._process.kill()
         self._process.join()
@@ -73,16 +81,20 @@ class Processes:
     def give(self, process: Process, fresh: bool) -> None:
         """Back, for the next item; one that was made for a single item is ended."""
         if fresh or not process.alive:
-            process.end()
+            process.end(PATIENCE)
         else:
             self._idle.append(process)
 
     def end_idle(self) -> None:
         """Free the memory that their CUDA contexts take."""
+        for process in self._idle:
+            process.close()
         while self._idle:
-            self._idle.pop().end()
+            self._idle.pop().end(PATIENCE)
 
-    def close(self) -> None:
-        """End all that are idle."""
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *reason: object) -> None:
         self.end_idle()
         self._folder.cleanup()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 from collections.abc import Callable
 
 import torch
@@ -28,9 +30,18 @@ def norm_makers(problem: NormProblem, settings: Settings) -> dict[str, Maker]:
 
 
 def loss_makers(problem: LossProblem, settings: Settings) -> dict[str, Maker]:
-    """Ours first."""
+    """Ours first, as the cost model chooses, then both of what it chooses from."""
+
+    def fixed(recompute: bool) -> Function:
+        other = copy.copy(problem)
+        other.case = dataclasses.replace(problem.case, recompute=recompute)
+        made: Function = torch.compile(other.ours, backend=settings.compiler)
+        return made
+
     return {
         "fxopt": lambda: torch.compile(problem.ours, backend=settings.compiler),
+        "fxopt tiles": lambda: fixed(True),
+        "fxopt chunks": lambda: fixed(False),
         "inductor": lambda: torch.compile(problem.eager, backend=settings.compiler),
         "liger": lambda: liger_loss(problem),
         "cce": lambda: cut_loss(problem),
@@ -44,9 +55,10 @@ def fused_norm(problem: NormProblem) -> Function:
     def call(tensors: Tensors) -> Outputs:
         x, weight = tensors["x"], tensors["weight"]
         s = x + tensors["residual"] if "residual" in tensors else x
-        out = (
-            F.layer_norm(s, weight.shape, weight, tensors["bias"], eps) if layer else F.rms_norm(s, weight.shape, weight, eps)
-        )  # fmt: skip
+        if layer:
+            out = F.layer_norm(s, weight.shape, weight, tensors["bias"], eps)
+        else:
+            out = F.rms_norm(s, weight.shape, weight, eps)
         return (out, s) if "residual" in tensors else (out,)
 
     return call

@@ -1,9 +1,9 @@
 """Check and time fxopt's kernels and training steps on the GPU of this machine; see docs/gpu.md.
 
-    python bench/gpu/run.py                        everything, within 9 minutes
-    python bench/gpu/run.py --resume               what the last run had no time for
-    python bench/gpu/run.py --phase kernels        one phase
-    python bench/gpu/run.py --interpret --tiny     a dry run without a GPU: does the code work
+python bench/gpu/run.py                        everything, within 9 minutes
+python bench/gpu/run.py --resume               what the last run had no time for
+python bench/gpu/run.py --phase kernels        one phase
+python bench/gpu/run.py --interpret --tiny     a dry run without a GPU: does the code work
 """
 
 import sys

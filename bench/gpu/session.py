@@ -36,38 +36,48 @@ class Session:
     store: Store
     clock: Clock
     said: Callable[[str], None]
-    room: float
-    most: int
     skipped: dict[str, list[str]] = field(default_factory=dict)
 
     def go(self, phases: dict[str, list[Item]]) -> None:
         """Run every phase within its share; then go through what was left out again, with all the time there is."""
-        waiting = dict(phases)
+        waiting = {phase: self._that_fit(items) for phase, items in phases.items()}
         for at, phase in enumerate(phases):
             shares = [SHARES[one] for one in list(phases)[at:]]
             seconds_now = self.clock.left() * shares[0] / sum(shares)
             self.said(f"{phase}: {len(waiting[phase])} items, {seconds_now:.0f} s")
-            waiting[phase] = self._phase(waiting[phase], time.monotonic() + seconds_now)
+            start = time.monotonic()
+            waiting[phase] = self._phase(waiting[phase], start + seconds_now)
+            self.said(f"{phase}: {time.monotonic() - start:.0f} s, {len(waiting[phase])} items left")
         for phase, items in waiting.items():
             self.skipped[phase] = [one.name for one in self._phase(items, self.clock.end)] if items else []
+
+    def _that_fit(self, items: Sequence[Item]) -> list[Item]:
+        """Without checks that need more memory than there is; of what is timed, some contenders may fit."""
+        large = [one for one in items if not one.turns and one.gib > self.runner.room.gib]
+        for one in large:
+            self.said(f"{one.name}: left out, it needs {one.gib:.0f} GiB")
+        return [one for one in items if one not in large]
 
     def _phase(self, items: Sequence[Item], end: float) -> list[Item]:
         """Returns those for which there was no time."""
         waiting: dict[str, Item] = {one.name: one for one in items}
 
         def done(item: Item, record: Record) -> None:
-            if "skipped" in record or (record.get("timeout") and self.clock.left() < 5):
+            if record.get("timeout") and self.clock.left() < 5:
                 return
             self.store.add(item.phase, item.name, {"spec": item.spec, **record})
             waiting.pop(item.name, None)
             if "error" in record:
                 self.said(f"{item.name}: {record['error'][:200]}")
 
-        self.runner.unmeasured([one for one in items if not one.turns], lambda one: time.monotonic() < end, done)
-        for batch in batches([one for one in items if one.turns], self.room, self.most):
+        self.runner.unmeasured(
+            [one for one in items if not one.turns], lambda one: time.monotonic() + one.seconds < end, done
+        )
+        room, jobs = self.runner.room.gib, self.runner.jobs
+        for batch in batches([one for one in items if one.turns], room, jobs):
             if any(one.fresh for one in batch):
                 self.runner.processes.end_idle()
-            if time.monotonic() + seconds(batch, self.room, self.runner.jobs) <= end:
+            if time.monotonic() + seconds(batch, room, jobs) <= end:
                 self.runner.measured(batch, done)
                 self._again(batch, done)
         return list(waiting.values())
@@ -76,6 +86,6 @@ class Session:
         """What found no memory beside others is run once more by itself."""
         records = self.store.phase(batch[0].phase)
         for item in batch if len(batch) > 1 else ():
-            fits = seconds([item], self.room, 1) < self.clock.left()
+            fits = seconds([item], self.runner.room.gib, 1) < self.clock.left()
             if fits and records.get(item.name, {}).get("error", "").startswith("OutOfMemoryError"):
                 self.runner.measured([item], done)

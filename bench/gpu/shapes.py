@@ -29,8 +29,8 @@ ATTENTION = {
     "causal 1x16x8x8192x128": attention(1, 16, 8, 8192, 128),
     "causal fp16 4x32x8x2048x64": attention(4, 32, 8, 2048, 64, dtype="float16"),
 }
-"""Batch x heads x key heads x positions x head dim: Llama-3.2-1B, Llama-3.1-8B at 1 x 8192 and windowed as Mistral, packed,
-Gemma 2, T5, gpt-oss, Llama-3.1-8B at 4 x 2048, MPT, padded batches, BERT, Qwen3-0.6B."""
+"""Batch x heads x key heads x positions x head dim: Llama-3.2-1B, Llama-3.1-8B at 1 x 8192, windowed as Mistral,
+packed; Gemma 2, T5, gpt-oss, Llama-3.1-8B at 4 x 2048, MPT, padded batches, BERT, Qwen3-0.6B."""
 
 NORM = {
     "add + rms 8192x4096": NormCase(LLAMA, rows=8192, width=4096, residual=True),

@@ -129,8 +129,7 @@ def compiled(model: nn.Module, backend: str, settings: Settings) -> Callable[...
         return torch.compile(model)
     from fxopt.backend import fxopt  # by name it is found only where fxopt is installed
 
-    options = {"kernels": "interpret"} if settings.interpret else {}
-    return torch.compile(model, backend=fxopt, options=options)  # type: ignore[call-overload, no-any-return]
+    return torch.compile(model, backend=fxopt, options={"kernels": settings.lowering})
 
 
 def patch_with_liger(name: str, settings: Settings) -> None:

@@ -82,6 +82,8 @@ def trained(records: Records) -> dict[str, dict[str, Trained]]:
         samples = [one for one in record.get("samples", []) if "step_ms" in one]
         if samples:
             step = statistics.median(ms for one in samples for ms in one["step_ms"])
-            numbers = {key: record["prepared"][key] for key in Trained.__dataclass_fields__ if key in record["prepared"]}
+            numbers = {
+                key: record["prepared"][key] for key in Trained.__dataclass_fields__ if key in record["prepared"]
+            }
             found.setdefault(case, {})[backend] = Trained(step, 1000 * samples[0]["tokens"] / step, **numbers)
     return found

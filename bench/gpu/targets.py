@@ -59,8 +59,8 @@ def _norm(name: str, record: Mapping[str, Any], by: Mapping[str, Timed]) -> Iter
     case, ours, copy = case_of(record["spec"]), by["fxopt"].step_ms, gigabytes_a_second(record)
     assert ours is not None
     if copy:
-        # Forward: read x (and residual), write the result (and the sum). Backward: read the upstream gradients (of both)
-        # and the sum, write one gradient.
+        # Forward: read x (and residual), write the result (and the sum). Backward: read the upstream gradients (of
+        # both) and the sum, write one gradient.
         tensors = 8 if case.residual else 5
         moved = tensors * case.rows * case.width * 2 / 1e6
         yield Target(f"{name}: share of the copy's {copy:.0f} GB/s", moved / ours / copy, 0.85)

@@ -13,7 +13,12 @@ import torch
 from gpu.item import Answer, Item, Job, Settings
 from gpu.timing import brief, release
 
-JOBS = {"check": "gpu.check:Check", "kernels": "gpu.kernels:Kernels", "step": "gpu.step:Training", "tune": "gpu.tune:Tuning"}
+JOBS = {
+    "check": "gpu.check:Check",
+    "kernels": "gpu.kernels:Kernels",
+    "step": "gpu.step:Training",
+    "tune": "gpu.tune:Tuning",
+}
 """Imported when needed: a worker of the phase `check` has no use for transformers."""
 
 
