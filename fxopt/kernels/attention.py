@@ -14,7 +14,6 @@ tiles that no mask cuts are a loop of their own without one. Tensors and what th
 from __future__ import annotations
 
 import functools
-import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -23,7 +22,7 @@ from fxopt.kernels.attention_spec import ACROSS, DOWN, LOG2E, AttentionKernelSpe
 from fxopt.kernels.cards import Card
 from fxopt.kernels.catalog import Shipped
 from fxopt.kernels.pointwise import helpers_of
-from fxopt.kernels.source import Kernel, render
+from fxopt.kernels.source import TRITON_DTYPES, Kernel, generate, render
 from fxopt.score.program import Program
 from fxopt.score.term import apply, constant, load, variable
 
@@ -33,8 +32,6 @@ __all__ = ["backward_kv_kernel", "backward_pairs_kernel", "backward_q_kernel", "
 LN2 = 0.6931471805599453
 LOWEST = -3.0e38
 """The score of all keys in a row without any, where that means all of them alike."""
-
-_TRITON = {"bf16": "tl.bfloat16", "fp16": "tl.float16", "fp32": "tl.float32"}
 
 Arguments = list[tuple[str, str]]
 
@@ -82,7 +79,7 @@ def delta_kernel(spec: AttentionKernelSpec) -> Kernel:
     """Delta; a program a tile of rows of a head. Only dtype and width of `spec` are looked at."""
     arguments = [*_tensors(spec, "Out", "ByOut"), ("Delta", "*fp32"), *_strides("out", "by_out")]
     arguments += [("heads", "i32"), ("queries", "i32"), ("BLOCK_Q", "constexpr")]
-    values = {"v_parts": parts_of(spec.width), "s": spec, "helpers": "", "dtype": _TRITON[spec.dtype]}
+    values = {"v_parts": parts_of(spec.width), "s": spec, "dtype": TRITON_DTYPES[spec.dtype]}
     return _rendered("attention_delta", arguments, values)
 
 
@@ -198,23 +195,22 @@ def _kernel(name: str, spec: AttentionKernelSpec, tensors: Arguments, found: Emi
     arguments += [("batch", "i32")] if name == "attention_backward_pairs" else []
     arguments += [(size, "i32") for size in ("heads", "group", "queries", "keys")]
     arguments += [("BLOCK_Q", "constexpr"), ("BLOCK_K", "constexpr")]
-    return _rendered(name, arguments, _values(spec, found) | values)
+    helpers = [*([_DROPOUT] if spec.dropout else []), *helpers_of(found.calls)]
+    return _rendered(name, arguments, _values(spec, found) | values, helpers)
 
 
 def _values(spec: AttentionKernelSpec, found: Emitted) -> dict[str, Any]:
     affine = spec.score.split_affine()
-    text = found.calls
     return {
         "s": spec,
         "e": found,
         "d_parts": parts_of(spec.depth),
         "v_parts": parts_of(spec.width),
-        "dtype": _TRITON[spec.dtype],
+        "dtype": TRITON_DTYPES[spec.dtype],
         "precision": ', input_precision="ieee"' if spec.dtype == "fp32" else "",
         "uses_s": affine is None or affine[1] is not None,
         "finite": not spec.loads,
         "has_full": not spec.predicate or spec.intervals,
-        "helpers": (_DROPOUT if spec.dropout else "") + (f"\n{helpers_of(text)}" if helpers_of(text) else ""),
         "threshold": min(round(spec.dropout * 2**31), 2**31 - 1),
         "growth": repr(1 / (1 - spec.dropout)),
         "share": 'float("nan")' if spec.empty == "nan" else "1.0 / keys",
@@ -224,29 +220,5 @@ def _values(spec: AttentionKernelSpec, found: Emitted) -> dict[str, Any]:
     }
 
 
-def _rendered(name: str, arguments: Arguments, values: dict[str, Any]) -> Kernel:
-    written = [f"{argument}: tl.constexpr" if kind == "constexpr" else argument for argument, kind in arguments]
-    source = render(f"{name}.py.jinja", {"arguments": _in_lines(written), **values})
-    # Macros leave blank lines where there is nothing to say.
-    source = re.sub(r"\n\n+(?= )", "\n", source)
-    source = re.sub(r"\n+(@triton.jit)", r"\n\n\n\1", source)
-    return Kernel(name, "\n".join(map(_wrapped, source.strip().split("\n"))) + "\n", tuple(arguments))
-
-
-def _wrapped(line: str) -> str:
-    """A long load with its mask on a line of its own."""
-    at = line.find(", mask=")
-    if len(line) <= 120 or at < 0:
-        return line
-    return f"{line[: at + 1]}\n{' ' * (line.rfind('tl.load(', 0, at) + 8)}{line[at + 2 :]}"
-
-
-def _in_lines(arguments: Sequence[str]) -> list[str]:
-    """Arguments joined to lines of 110 characters and fewer."""
-    lines: list[str] = []
-    for argument in arguments:
-        if lines and len(lines[-1]) + len(argument) < 108:
-            lines[-1] += f", {argument}"
-        else:
-            lines.append(argument)
-    return lines
+def _rendered(name: str, arguments: Arguments, values: dict[str, Any], helpers: Sequence[str] = ()) -> Kernel:
+    return generate(name, arguments, render(f"{name}.py.jinja", values), helpers)

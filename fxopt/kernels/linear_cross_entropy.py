@@ -12,16 +12,14 @@ gradients: those are exact here. X and W have unit stride along H, or W along V 
 from __future__ import annotations
 
 import functools
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 from fxopt.kernels.cards import INTERPRETER, Card
 from fxopt.kernels.catalog import Shipped
 from fxopt.kernels.configs import Config
 from fxopt.kernels.pointwise import HELPERS
-from fxopt.kernels.source import Kernel, render
+from fxopt.kernels.source import TRITON_DTYPES, Kernel, generate, render
 
 __all__ = [
     "LossKernelSpec",
@@ -32,8 +30,6 @@ __all__ = [
     "shipped",
     "tile_configs",
 ]
-
-_TRITON = {"bf16": "tl.bfloat16", "fp16": "tl.float16", "fp32": "tl.float32"}
 
 Arguments = list[tuple[str, str]]
 
@@ -107,30 +103,10 @@ def _operands(spec: LossKernelSpec) -> Arguments:
 
 def _rendered(name: str, spec: LossKernelSpec, arguments: Arguments, end: str) -> Kernel:
     """end: the name of the number of rows of W."""
-    written = [f"{argument}: tl.constexpr" if kind == "constexpr" else argument for argument, kind in arguments]
-    values: dict[str, Any] = {
-        "s": spec,
-        "arguments": _in_lines(written),
-        "end": end,
-        "dtype": _TRITON[spec.dtype],
-        "precision": ', input_precision="ieee"' if spec.dtype == "fp32" else "",
-        "helpers": f"\n\n{HELPERS['tanh']}" if spec.softcap else "",
-    }
-    source = re.sub(r"\n+(@triton.jit)", r"\n\n\n\1", render(f"{name}.py.jinja", values).strip())
-    before, text, code = source.rpartition('"""')
-    code = re.sub(r"\n\n+", "\n", code)  # where macros say nothing
-    return Kernel(name, f"{before}{text}{code}\n", tuple(arguments))
-
-
-def _in_lines(arguments: Sequence[str]) -> list[str]:
-    """Arguments joined to lines of 110 characters and fewer."""
-    lines: list[str] = []
-    for argument in arguments:
-        if lines and len(lines[-1]) + len(argument) < 108:
-            lines[-1] += f", {argument}"
-        else:
-            lines.append(argument)
-    return lines
+    precision = ', input_precision="ieee"' if spec.dtype == "fp32" else ""
+    values = {"s": spec, "end": end, "dtype": TRITON_DTYPES[spec.dtype], "precision": precision}
+    helpers = [HELPERS["tanh"]] if spec.softcap else []
+    return generate(name, arguments, render(f"{name}.py.jinja", values), helpers)
 
 
 # --- how they are launched ---------------------------------------------------------------------------------------
@@ -182,7 +158,7 @@ def _spills(size: tuple[int, ...], kernel: Kernel, spec: LossKernelSpec, card: C
 def shipped(card: Card) -> Iterator[Shipped]:
     """What ``fxopt kernels`` compiles: in each dtype the plain loss, Gemma's cap, and everything at a time."""
     strides = ("width", "x_stride", "w_stride", "gradient_stride", "offset", "stride")
-    for dtype in _TRITON:
+    for dtype in TRITON_DTYPES:
         plain = LossKernelSpec(dtype)
         every = LossKernelSpec(
             dtype, 0.5, 30.0, 0.1, 1e-4, bias=True, transposed=True, whole=False, argmax=True, upstream=True

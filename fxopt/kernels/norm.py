@@ -19,10 +19,9 @@ from dataclasses import dataclass, replace
 from fxopt.kernels.cards import INTERPRETER, Card
 from fxopt.kernels.catalog import Shipped
 from fxopt.kernels.configs import Config
-from fxopt.kernels.source import Kernel, render
+from fxopt.kernels.source import TRITON_DTYPES, Kernel, generate, render
 
 __all__ = [
-    "DTYPES",
     "NormKernelSpec",
     "backward_kernel",
     "configs",
@@ -32,8 +31,6 @@ __all__ = [
     "shipped",
     "sums_kernel",
 ]
-
-DTYPES = {"bf16": "tl.bfloat16", "fp16": "tl.float16", "fp32": "tl.float32"}
 
 
 @dataclass(frozen=True)
@@ -105,12 +102,8 @@ def sums_kernel(spec: NormKernelSpec) -> Kernel:
 
 
 def _rendered(name: str, spec: NormKernelSpec) -> Kernel:
-    body = render(f"{name}.py.jinja", {"s": spec, "triton": DTYPES})
-    body = re.sub(r"\n\s*\n", "\n", body).rstrip()  # where macros say nothing
-    signature = tuple((one, kind) for one, kind in _arguments(spec) if re.search(rf"\b{one}\b", body))
-    lines = [f"    {one}: tl.constexpr,\n" if kind == "constexpr" else f"    {one},\n" for one, kind in signature]
-    head = f"import triton\nimport triton.language as tl\n\n\n@triton.jit\ndef {name}(\n{''.join(lines)}):\n"
-    return Kernel(name, f"{head}{body}\n", signature)
+    body = render(f"{name}.py.jinja", {"s": spec, "triton": TRITON_DTYPES})
+    return generate(name, [one for one in _arguments(spec) if re.search(rf"\b{one[0]}\b", body)], body)
 
 
 def _arguments(spec: NormKernelSpec) -> list[tuple[str, str]]:
@@ -208,7 +201,7 @@ def _shared_bytes(spec: NormKernelSpec, size: int, stages: int) -> int:
 
 def shipped(card: Card) -> Iterator[Shipped]:
     """What ``fxopt kernels`` compiles: Llama's norm, torch's layer norm, and everything at a time; short to long."""
-    for dtype in DTYPES:
+    for dtype in TRITON_DTYPES:
         llama = NormKernelSpec(0, False, "rms", 1e-6, "square", dtype, False, 0.0, dtype, dtype, dtype, dtype)
         layer = replace(llama, kind="layer", normalized="fp32", affine="fp32", bias=dtype)
         gated = replace(layer, eps_at="root", offset=1.0, gate=dtype, residual=True)

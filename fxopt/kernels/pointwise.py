@@ -178,6 +178,6 @@ def floor_divide(x, y):
 """Functions that expressions may call, by name: what a module needs of them stands before its kernels."""
 
 
-def helpers_of(text: str) -> str:
+def helpers_of(text: str) -> list[str]:
     """The definitions of those helpers that `text` calls."""
-    return "\n\n".join(source for name, source in HELPERS.items() if f"{name}(" in text)
+    return [source for name, source in HELPERS.items() if f"{name}(" in text]

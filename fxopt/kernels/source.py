@@ -11,17 +11,18 @@ import hashlib
 import importlib.util
 import linecache
 import os
+import re
 import sys
 import tempfile
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jinja2
 
-__all__ = ["Kernel", "cache_directory", "render", "write_whole"]
+__all__ = ["TRITON_DTYPES", "Kernel", "cache_directory", "generate", "render", "write_whole"]
 
 _ENVIRONMENT = jinja2.Environment(
     loader=jinja2.PackageLoader("fxopt.kernels"),
@@ -30,6 +31,9 @@ _ENVIRONMENT = jinja2.Environment(
     lstrip_blocks=True,
     keep_trailing_newline=True,
 )
+TRITON_DTYPES = {"bf16": "tl.bfloat16", "fp16": "tl.float16", "fp32": "tl.float32"}
+"""What kernels compute on, by its name in signatures."""
+
 _IMPORTING = threading.Lock()  # graphs may be compiled, and backwards run, on several threads
 
 
@@ -56,7 +60,7 @@ class Kernel:
     @property
     def path(self) -> Path:
         """Where the source lies once the kernel is loaded."""
-        return cache_directory() / "kernels" / f"{self.name}_{self.key}.py"
+        return _path(self.name, self.source)
 
     @property
     def tiles(self) -> tuple[str, ...]:
@@ -66,7 +70,7 @@ class Kernel:
     def load(self) -> Any:
         """The function as ``triton.jit`` makes it; the same object for equal sources."""
         with _IMPORTING:
-            return _load(self)
+            return _load(self.name, self.source)
 
 
 @functools.lru_cache(4096)
@@ -74,25 +78,29 @@ def _key(source: str) -> str:
     return hashlib.sha256(source.encode()).hexdigest()[:16]
 
 
+def _path(name: str, source: str) -> Path:
+    return cache_directory() / "kernels" / f"{name}_{_key(source)}.py"
+
+
 @functools.lru_cache(4096)
-def _load(kernel: Kernel) -> Any:
-    name = f"fxopt_generated_{kernel.name}_{kernel.key}"
-    path = _written(kernel)
-    spec = importlib.util.spec_from_file_location(name, path)
+def _load(name: str, source: str) -> Any:
+    module_name = f"fxopt_generated_{name}_{_key(source)}"
+    path = _written(name, source)
+    spec = importlib.util.spec_from_file_location(module_name, path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # so that inspect finds the module of its functions
+    sys.modules[module_name] = module  # so that inspect finds the module of its functions
     # Without the file (a cache that somebody empties) tracebacks and Triton still have the text.
-    linecache.cache[str(path)] = (len(kernel.source), None, kernel.source.splitlines(keepends=True), str(path))
+    linecache.cache[str(path)] = (len(source), None, source.splitlines(keepends=True), str(path))
     spec.loader.exec_module(module)
-    return getattr(module, kernel.name)
+    return getattr(module, name)
 
 
-def _written(kernel: Kernel) -> Path:
-    path = kernel.path
-    if not path.is_file() or path.read_text() != kernel.source:
-        write_whole(path, kernel.source)
+def _written(name: str, source: str) -> Path:
+    path = _path(name, source)
+    if not path.is_file() or path.read_text() != source:
+        write_whole(path, source)
     return path
 
 
@@ -123,3 +131,35 @@ def cache_directory() -> Path:
 def render(template: str, values: Mapping[str, Any]) -> str:
     """`template` (a file of ``fxopt/kernels/templates``) with `values`; a name that is missing is an error."""
     return _ENVIRONMENT.get_template(template).render(**values)
+
+
+def generate(name: str, signature: Sequence[tuple[str, str]], body: str, helpers: Sequence[str] = ()) -> Kernel:
+    """The kernel `name` of these arguments: `body` is its docstring and code, indented; helpers: functions it calls.
+
+    Blank lines of the code, where macros of a template say nothing, are left out, and long loads wrapped.
+    """
+    _, docstring, code = re.split(r'(""".*?""")', body, maxsplit=1, flags=re.DOTALL)
+    lines = [_wrapped(line) for line in code.split("\n") if line.strip()]
+    written = [f"{one}: tl.constexpr" if kind == "constexpr" else one for one, kind in signature]
+    function = "\n".join(["@triton.jit", f"def {name}(", *_in_lines(written), "):", f"    {docstring}", *lines])
+    head = "import triton\nimport triton.language as tl"
+    return Kernel(name, "\n\n\n".join([head, *(one.strip() for one in helpers), function]) + "\n", tuple(signature))
+
+
+def _in_lines(arguments: Sequence[str]) -> list[str]:
+    """Arguments, as many to a line as fit."""
+    lines: list[str] = []
+    for argument in arguments:
+        if lines and len(lines[-1]) + len(argument) < 112:
+            lines[-1] += f" {argument},"
+        else:
+            lines.append(f"    {argument},")
+    return lines
+
+
+def _wrapped(line: str) -> str:
+    """A long load with its mask on a line of its own."""
+    at = line.find(", mask=")
+    if len(line) <= 120 or at < 0:
+        return line
+    return f"{line[: at + 1]}\n{' ' * (line.rfind('tl.load(', 0, at) + 8)}{line[at + 2 :]}"
