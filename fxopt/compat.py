@@ -25,6 +25,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import guard_or_false
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import _disable_current_modes as outside_dispatch_modes
 
 __all__ = [
     "DYNAMO_CONTROL",
@@ -47,6 +48,7 @@ __all__ = [
     "inductor_option_names",
     "is_traced",
     "mode_options",
+    "outside_dispatch_modes",
     "pytree",
     "size_expression",
     "tag_activation_checkpoint",

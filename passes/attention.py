@@ -325,8 +325,6 @@ def _objections_to_kernels(site: Site) -> Iterator[str]:
     reason = unsupported(programs.get("program", ""), programs.get("predicate", ""))
     if reason:
         yield f"no kernel can be generated: {reason}"
-    if site.inputs["compute_dtype"] == torch.float64:
-        yield "no kernel can be generated: products of float64"
     operands = dict(zip(("query", "value"), (site.inputs["operands"][0], site.inputs["operands"][2]), strict=True))
     for name, operand in operands.items():
         size = site.value(name).shape[operand.axes.index("column")]

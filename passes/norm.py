@@ -17,6 +17,7 @@ from torch import Tensor, fx
 
 from fxopt.effects import mutated_arguments, storage_of
 from fxopt.fake import value_of
+from fxopt.ops.launch import runs_triton
 from fxopt.ops.norm import NormSpec, norm
 from fxopt.ops.norm_launch import can_compute
 from fxopt.ops.products import accumulate_dtype
@@ -141,8 +142,8 @@ def _costs(site: Site) -> Iterator[Cost]:
     """Where the op is computed by ATen: Inductor's fused norm is what a generated kernel is, and ATen is not."""
     x = site.value("x")
     weight, bias, gate = (site.value(name) if name in site.inputs else None for name in ("weight", "bias", "gate"))
-    generated = can_compute(x, weight, bias, gate, site.inputs["form"].spec(x, weight, bias, None))
-    if generated and (site.lowering == "interpret" or (site.lowering == "auto" and x.device.type == "cuda")):
+    spec = site.inputs["form"].spec(x, weight, bias, None)
+    if runs_triton(x, site.lowering) and can_compute(x, weight, bias, gate, spec):
         return
     if x.device.type == "cpu":
         yield Cost(

@@ -31,6 +31,10 @@ class Config:
     num_warps: int = 4
     num_stages: int = 2
 
+    def tile(self, name: str) -> int:
+        """One of the tile sizes. Raises KeyError for a name that is none."""
+        return dict(self.tiles)[name]
+
     def __str__(self) -> str:
         sizes = " ".join(f"{name}={size}" for name, size in self.tiles)
         return f"{sizes} warps={self.num_warps} stages={self.num_stages}"

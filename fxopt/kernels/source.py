@@ -67,6 +67,11 @@ class Kernel:
         """The names of the tile sizes."""
         return tuple(name for name, kind in self.signature if kind == "constexpr")
 
+    @property
+    def arguments(self) -> tuple[str, ...]:
+        """The names of all others: pointers and integers."""
+        return tuple(name for name, kind in self.signature if kind != "constexpr")
+
     def load(self) -> Any:
         """The function as ``triton.jit`` makes it; the same object for equal sources."""
         with _IMPORTING:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fxopt.ops.launch import uninitialized
 from fxopt.ops.products import accumulate_dtype
 from fxopt.ops.tiles import Tile, allowed, tiles_of
 from fxopt.score.program import Program
@@ -132,8 +133,8 @@ class Attention:
         """Memory for out [B, H, Sq, Dv], in the layout that was asked for."""
         width = self.v.shape[-1]
         if self.spec.heads_last:
-            return self.v.new_empty(self.batch, self.queries, self.heads, width).transpose(1, 2)
-        return self.v.new_empty(self.batch, self.heads, self.queries, width)
+            return uninitialized((self.batch, self.queries, self.heads, width), self.v.dtype, self.v).transpose(1, 2)
+        return uninitialized((self.batch, self.heads, self.queries, width), self.v.dtype, self.v)
 
     def in_layout(self, out: Tensor) -> Tensor:
         """`out` as `new_out` lays it out; itself where it is."""
@@ -142,7 +143,7 @@ class Attention:
 
     def new_lse(self) -> Tensor:
         """Memory for lse [B, H, Sq]."""
-        return self.q.new_empty(self.batch, self.heads, self.queries, dtype=self.wide)
+        return uninitialized((self.batch, self.heads, self.queries), self.wide, self.q)
 
     @property
     def operand_dtype(self) -> torch.dtype:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fxopt.kernels.attention import (
@@ -22,11 +21,11 @@ from fxopt.kernels.attention import (
 from fxopt.kernels.attention_configs import configs, grain_of, row_config
 from fxopt.kernels.attention_spec import AttentionKernelSpec
 from fxopt.kernels.cards import card_of
-from fxopt.kernels.configs import Config, config_for
+from fxopt.kernels.configs import config_for
 from fxopt.kernels.source import Kernel
 from fxopt.ops.attention_call import Attention
 from fxopt.ops.attention_gradients import Gradients, Wanted
-from fxopt.ops.launch import count_blocks, launch, triton_dtype
+from fxopt.ops.launch import count_blocks, launch, triton_dtype, uninitialized, uninitialized_like
 from fxopt.ops.query_tiles import query_tiles
 
 __all__ = ["backward", "forward", "spec_of"]
@@ -76,13 +75,9 @@ class _Launcher:
             config = config_for(kernel, configs(kernel.name, self.spec, self.card), self.card)
         blocks = across
         for axis in tiles:
-            blocks *= count_blocks({"q": self.call.queries, "k": self.call.keys}[axis], _tile(config, axis))
-        values = self.values | more
-        launch(kernel, blocks, {name: values[name] for name, kind in kernel.signature if kind != "constexpr"}, config)
-
-
-def _tile(config: Config, axis: str) -> int:
-    return dict(config.tiles)[f"BLOCK_{axis.upper()}"]
+            size = {"q": self.call.queries, "k": self.call.keys}[axis]
+            blocks *= count_blocks(size, config.tile(f"BLOCK_{axis.upper()}"))
+        launch(kernel, blocks, self.values | more, config)
 
 
 def _snake(name: str) -> str:
@@ -107,7 +102,7 @@ def forward(call: Attention) -> tuple[Tensor, Tensor]:
     """(out, lse), with the sink and what rows without keys give."""
     out, lse = call.new_out(), call.new_lse()
     launcher = _Launcher(call, {**_inputs(call), "Out": out})
-    launcher(forward_kernel(launcher.spec), "q", call.batch * call.heads, Lse=lse)
+    launcher(forward_kernel(launcher.spec), "q", _slices(call), Lse=lse)
     return out, lse
 
 
@@ -115,14 +110,14 @@ def backward(
     call: Attention, upstream: Tensor, out: Tensor, lse: Tensor, wanted: Wanted
 ) -> tuple[Gradients, Tensor | None]:
     """Gradients by q, k, v and captures, and by the sink [H]."""
-    delta = torch.empty_like(lse)
+    delta = uninitialized(lse.shape, lse.dtype, lse)
     launcher = _Launcher(call, {**_inputs(call), "Out": out, "ByOut": _rows(upstream)})
     launcher.values |= {"Lse": lse, "Delta": delta}
     launcher(delta_kernel(AttentionKernelSpec(launcher.spec.dtype, 16, launcher.spec.width, 1.0)), "q", _slices(call))
     found = Gradients(
-        torch.empty_like(call.q, memory_format=torch.contiguous_format) if wanted.q else None,
-        torch.empty_like(call.k, memory_format=torch.contiguous_format) if wanted.k else None,
-        torch.empty_like(call.v, memory_format=torch.contiguous_format) if wanted.v else None,
+        uninitialized_like(call.q) if wanted.q else None,
+        uninitialized_like(call.k) if wanted.k else None,
+        uninitialized_like(call.v) if wanted.v else None,
         Gradients.to_add_to(call, Wanted(False, False, False, False, wanted.captures)).captures,
     )
     by_inputs = {"ByQ": found.q, "ByK": found.k, "ByV": found.v}
@@ -146,14 +141,15 @@ def _by_rows(launcher: _Launcher, found: Gradients, slots: tuple[int, ...]) -> N
     sums = {f"ByC{slot}": call.new_lse() for slot in slots}
     launcher(backward_q_kernel(launcher.spec, found.q is not None, slots), "q", _slices(call), **sums)
     for slot in slots:
-        _add_to_capture(launcher, found, slot, sums[f"ByC{slot}"][..., None])
+        _add_to_capture(launcher, found, slot, sums[f"ByC{slot}"].unsqueeze(-1))
 
 
 def _by_columns(launcher: _Launcher, found: Gradients, slots: tuple[int, ...]) -> None:
     by_k, by_v, call = found.k is not None, found.v is not None, launcher.call
     if not (by_k or by_v or slots):
         return
-    sums = {f"ByC{slot}": call.q.new_empty(call.batch, call.heads, call.keys, dtype=call.wide) for slot in slots}
+    shape = (call.batch, call.heads, call.keys)
+    sums = {f"ByC{slot}": uninitialized(shape, call.wide, call.q) for slot in slots}
     more: dict[str, Any] = dict(sums)
     if call.intervals is not None:
         tiles = call.query_tiles
@@ -162,13 +158,13 @@ def _by_columns(launcher: _Launcher, found: Gradients, slots: tuple[int, ...]) -
         more |= {"QueryTiles": tiles, "tiles_b": _stride(tiles, 0)}
     launcher(backward_kv_kernel(launcher.spec, by_k, by_v, slots), "k", call.batch * call.key_heads, **more)
     for slot in slots:
-        _add_to_capture(launcher, found, slot, sums[f"ByC{slot}"][:, :, None])
+        _add_to_capture(launcher, found, slot, sums[f"ByC{slot}"].unsqueeze(2))
 
 
 def _by_pairs(launcher: _Launcher, found: Gradients, slot: int) -> None:
     call, reads = launcher.call, launcher.spec.loads[slot].reads
     shape = (call.batch if "b" in reads else 1, call.heads if "h" in reads else 1, call.queries, call.keys)
-    values = call.q.new_empty(shape, dtype=call.wide)
+    values = uninitialized(shape, call.wide, call.q)
     launcher(backward_pairs_kernel(launcher.spec, slot), "qk", shape[0] * shape[1], ByC=values)
     _add_to_capture(launcher, found, slot, values)
 

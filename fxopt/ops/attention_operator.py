@@ -50,11 +50,11 @@ _TENSOR_INPUTS = _TENSORS.count("Tensor")
 # --- fxopt::attention: constants are those of AttentionSpec ------------------------------------------------------
 
 
-def _on_triton(q: Tensor, *arguments: Any) -> bool:
-    return runs_triton(q, Attention.of((q, *arguments[: _TENSOR_INPUTS + _WITHOUT_GRADIENT - 1])).spec.lowering)
-
-
-@operator("fxopt::attention", f"({_TENSORS}, {_CONSTANTS}) -> (Tensor out, Tensor lse)", on_triton=_on_triton)
+@operator(
+    "fxopt::attention",
+    f"({_TENSORS}, {_CONSTANTS}) -> (Tensor out, Tensor lse)",
+    on_triton=lambda q, *arguments: runs_triton(q, arguments[-1]),  # the last of the constants is the lowering
+)
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, sink: Maybe, intervals: Maybe, tiles: Maybe, seed: Maybe, *rest: Any
 ) -> tuple[Tensor, Tensor]:
@@ -121,7 +121,7 @@ _forward.register_autograd(_backward, setup_context=_setup_context)
     "fxopt::attention_backward",
     f"(Tensor upstream, {_TENSORS}, {_CONSTANTS}, Tensor out, Tensor lse, bool[] wanted)"
     " -> (Tensor by_q, Tensor by_k, Tensor by_v, Tensor by_sink, Tensor[] by_captures)",
-    on_triton=lambda upstream, *arguments: _on_triton(*arguments),
+    on_triton=lambda upstream, q, *arguments: runs_triton(q, arguments[-4]),
 )
 def _gradients(upstream: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
     *inputs, out, lse, flags = arguments

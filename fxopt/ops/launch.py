@@ -8,7 +8,7 @@ into its wrapper. Interpreted launches cannot be traced, so there the operator s
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -28,6 +28,8 @@ __all__ = [
     "operator",
     "runs_triton",
     "triton_dtype",
+    "uninitialized",
+    "uninitialized_like",
 ]
 
 Lowering = Literal["auto", "aten", "interpret"]
@@ -47,23 +49,16 @@ def check_lowering(lowering: str) -> None:
 
 
 def runs_triton(like: Tensor, lowering: str) -> bool:
-    """Whether an operator on tensors such as `like` is computed by Triton kernels.
-
-    Raises RuntimeError for "interpret" in a process whose triton compiles.
-    """
-    if lowering == "interpret":
-        if not interpreting():
-            raise RuntimeError(
-                'kernels="interpret" needs TRITON_INTERPRET=1 in the environment before triton is imported'
-            )
-        return True
-    return lowering == "auto" and like.device.type == "cuda" and like.dtype != torch.float64
+    """Whether an operator on tensors such as `like` is computed by Triton kernels; fp64 never is."""
+    asked = lowering == "interpret" or (lowering == "auto" and like.device.type == "cuda")
+    return asked and like.dtype != torch.float64
 
 
-def launch(kernel: Kernel, blocks: int, arguments: Mapping[str, Any], config: Config) -> None:
-    """Run `kernel` on `blocks` programs: tensors and ints by name, tile sizes and warps from `config`.
+def launch(kernel: Kernel, blocks: int, values: Mapping[str, Any], config: Config) -> None:
+    """Run `kernel` on `blocks` programs: tensors and ints from `values`, tile sizes and warps from `config`.
 
-    No blocks: nothing is launched. Raises ValueError for more blocks than a grid has.
+    values: by argument, and others that the kernel does not have. No blocks: nothing is launched.
+    Raises ValueError for more blocks than a grid has, RuntimeError on a CPU in a process whose triton compiles.
     """
     if compat.guard_or_false(blocks == 0):
         return
@@ -71,11 +66,14 @@ def launch(kernel: Kernel, blocks: int, arguments: Mapping[str, Any], config: Co
         raise ValueError(f"{kernel.name} would need {blocks} blocks, and a grid has at most {MOST_BLOCKS}")
     function, tiles = kernel.load(), dict(config.tiles)
     warps = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    arguments = {name: values[name] for name in kernel.arguments}
     first = next(value for value in arguments.values() if isinstance(value, Tensor))
     if interpreting():
         repair_bf16()
         with _INTERPRETING:
             function[(blocks,)](**arguments, **tiles)
+    elif first.device.type == "cpu":
+        raise RuntimeError('kernels="interpret" needs TRITON_INTERPRET=1 in the environment before triton is imported')
     elif compat.is_traced(first):
         torch.library.wrap_triton(function)[(blocks,)](**arguments, **tiles, **warps)
     else:
@@ -89,6 +87,23 @@ _INTERPRETING = threading.Lock()  # the interpreter patches triton.language whil
 def count_blocks(size: int, tile: int) -> int:
     """How many tiles of `tile` cover `size`."""
     return -(-size // tile)
+
+
+def uninitialized(shape: Sequence[int], dtype: torch.dtype, like: Tensor) -> Tensor:
+    """Memory on the device of `like` for a kernel to write to.
+
+    By `torch.empty`: where launches are traced, AOTAutograd's elimination of common subexpressions
+    (torch/_functorch/compile_utils.py) takes two equal calls of `new_empty` or `empty_like` for one tensor.
+    """
+    return torch.empty(tuple(shape), dtype=dtype, device=like.device)
+
+
+def uninitialized_like(like: Tensor) -> Tensor:
+    """The same of the shape and dtype of `like`, axes in the order of its strides, but the last, which has stride 1."""
+    outer = range(like.dim() - 1)
+    order = outer if like.is_contiguous() else sorted(outer, key=like.stride, reverse=True)
+    made = uninitialized([*(like.shape[axis] for axis in order), like.shape[-1]], like.dtype, like)
+    return made.permute(*(order.index(axis) for axis in outer), -1)
 
 
 def operator(name: str, schema: str, on_triton: Callable[..., bool]) -> Callable[[Callable[..., Any]], Any]:

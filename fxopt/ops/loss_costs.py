@@ -27,6 +27,7 @@ from torch import SymInt, Tensor
 from fxopt import compat
 from fxopt.kernels.cards import card_of
 from fxopt.ops.chunked_loss import least_rows
+from fxopt.ops.launch import runs_triton
 from fxopt.ops.loss_launch import LEAST_CLASSES
 from fxopt.ops.loss_spec import Wanted
 
@@ -68,8 +69,7 @@ def recomputes(hidden: Tensor, weight: Tensor, tokens: int | SymInt, wanted: Wan
     Of the sizes only the number of tokens is looked at last, by a single comparison: where it is symbolic that is the
     one guard. Under the interpreter it is always tiles, so that tests of models see them.
     """
-    generated = lowering == "interpret" or (lowering == "auto" and hidden.is_cuda)
-    if not wanted or not generated or hidden.dtype == torch.float64:
+    if not wanted or not runs_triton(hidden, lowering):
         return False
     if lowering == "interpret":
         return True

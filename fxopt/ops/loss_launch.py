@@ -19,7 +19,7 @@ from fxopt.kernels.cards import card_of
 from fxopt.kernels.configs import Config, config_for
 from fxopt.kernels.linear_cross_entropy import LossKernelSpec, backward_kernel, forward_kernel, tile_configs
 from fxopt.kernels.source import Kernel
-from fxopt.ops.launch import count_blocks, launch, triton_dtype
+from fxopt.ops.launch import count_blocks, launch, triton_dtype, uninitialized
 from fxopt.ops.loss_spec import LossAndGradients, LossSpec, Wanted
 from fxopt.ops.products import add_product, slices
 
@@ -46,20 +46,19 @@ def token_losses(
     config = _config(kernel, generated, x)
     tokens, (vocabulary, width) = x.shape[0], w.shape
     parts = _parts(config, vocabulary)
-    found = {name: x.new_empty(parts, tokens, dtype=torch.float32) for name in ("Largest", "Total")}
+    names = ["Largest", "Total", *(["Sum"] if spec.label_smoothing else [])]
+    found = {name: uninitialized((parts, tokens), torch.float32, x) for name in names}
     found["Chosen"] = x.new_full((tokens,), torch.nan, dtype=torch.float32)
-    if spec.label_smoothing:
-        found["Sum"] = torch.empty_like(found["Total"])
     if argmax:
-        found["Best"] = torch.empty_like(found["Total"], dtype=torch.int32)
+        found["Best"] = uninitialized((parts, tokens), torch.int32, x)
     arguments = _tensors(x, w, bias, target) | found
     arguments |= {"tokens": tokens, "vocabulary": vocabulary, "width": width, **_strides(generated, x, w)}
-    launch(kernel, count_blocks(tokens, _tile(config, "BLOCK_M")) * parts, arguments, config)
+    launch(kernel, count_blocks(tokens, config.tile("BLOCK_M")) * parts, arguments, config)
     return _put_together(found, target, vocabulary, spec)
 
 
 def _parts(config: Config, vocabulary: int) -> int:
-    return count_blocks(count_blocks(vocabulary, _tile(config, "BLOCK_N")), _tile(config, "SPLIT"))
+    return count_blocks(count_blocks(vocabulary, config.tile("BLOCK_N")), config.tile("SPLIT"))
 
 
 def _put_together(
@@ -145,7 +144,7 @@ def _logit_gradient(
         arguments["vocabulary"] = w.shape[0]
     arguments |= {"tokens": x.shape[0], "classes_here": here.shape[0], "offset": classes.start, "width": x.shape[1]}
     arguments |= _strides(generated, x, here) | {"gradient_stride": part.stride(0)}
-    tiles = [count_blocks(size, _tile(config, f"BLOCK_{axis}")) for axis, size in zip("MN", part.shape, strict=True)]
+    tiles = [count_blocks(size, config.tile(f"BLOCK_{axis}")) for axis, size in zip("MN", part.shape, strict=True)]
     launch(kernel, tiles[0] * tiles[1], arguments, config)
     return part
 
@@ -205,10 +204,6 @@ def _strides(spec: LossKernelSpec, x: Tensor, w: Tensor) -> dict[str, int]:
 def _config(kernel: Kernel, spec: LossKernelSpec, like: Tensor) -> Config:
     card = card_of(like.device)
     return config_for(kernel, tile_configs(kernel, spec, card), card)
-
-
-def _tile(config: Config, name: str) -> int:
-    return dict(config.tiles)[name]
 
 
 # --- bytes -------------------------------------------------------------------------------------------------------

@@ -75,13 +75,9 @@ class _Call:
         """The gradients that the forward computes."""
         return Wanted(False, False, False) if self.waits else self.wanted
 
-    def by_triton(self, hidden: Tensor) -> bool:
-        """Whether Triton kernels turn logits into losses; they are of fp32 and narrower."""
-        return hidden.dtype != torch.float64 and runs_triton(hidden, self.lowering)
-
     def by_tiles(self, hidden: Tensor) -> bool:
         """Whether the logits are only ever tiles in a Triton kernel."""
-        return not self.now and self.by_triton(hidden)
+        return not self.now and runs_triton(hidden, self.lowering)
 
 
 # --- fxopt::linear_cross_entropy: constants are those of _CONSTANTS ----------------------------------------------
@@ -102,7 +98,7 @@ def _forward(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor
         if call.by_tiles(hidden):
             found, normalizer = loss_launch.token_losses(hidden, weight, bias, target, call.spec, call.argmax)
         else:
-            kernels = call.by_triton(hidden)
+            kernels = runs_triton(hidden, call.lowering)
             found = loss_and_gradients(
                 hidden, weight, bias, target, call.spec, call.now, argmax=call.argmax, kernels=kernels
             )
@@ -249,7 +245,7 @@ def _forward_memory(hidden: Tensor, weight: Tensor, bias: Tensor | None, target:
     outputs = _bytes(_fake_forward(hidden, weight, bias, target, *constants))
     if call.by_tiles(hidden):
         return OpMemory(outputs, loss_launch.forward_workspace(hidden, weight, bias, call.spec, call.argmax))
-    kernels = call.by_triton(hidden)
+    kernels = runs_triton(hidden, call.lowering)
     return OpMemory(outputs, workspace_bytes(hidden.shape[0], weight, call.spec, call.now, kernels))
 
 

@@ -29,7 +29,7 @@ from fxopt.kernels.norm import (
     sums_kernel,
 )
 from fxopt.kernels.source import Kernel
-from fxopt.ops.launch import count_blocks, launch, triton_dtype
+from fxopt.ops.launch import count_blocks, launch, triton_dtype, uninitialized
 from fxopt.ops.norm_formulas import NormSpec
 
 __all__ = ["can_compute", "forward", "gradients"]
@@ -109,12 +109,12 @@ def _launch_backward(
     """The gradients that `dtypes` names. Those by weight and bias are fp32 sums over programs, in a fixed order."""
     kernel = backward_kernel(generated)
     config = _config(kernel, generated, rows.like)
-    across = count_blocks(rows.width, dict(config.tiles)["COLUMNS"])
+    across = count_blocks(rows.width, config.tile("COLUMNS"))
     programs = _programs(generated, rows, config, across)
     summed = [name for name in ("By_weight", "By_bias") if name in dtypes]
-    made = {name: torch.empty((programs, rows.width), dtype=torch.float32, device=rows.like.device) for name in summed}
+    made = {name: uninitialized((programs, rows.width), torch.float32, rows.like) for name in summed}
     made |= {name: rows.new(rows.width, dtype) for name, dtype in dtypes.items() if name not in summed}
-    _launch(kernel, programs * across, arguments | made, config)
+    launch(kernel, programs * across, arguments | made, config)
     return {
         name: made[name].sum(0).to(dtype) if name in summed else rows.back(made[name]) for name, dtype in dtypes.items()
     }
@@ -122,7 +122,7 @@ def _launch_backward(
 
 def _programs(generated: NormKernelSpec, rows: _Rows, config: Config, across: int) -> int:
     """Programs that share the rows; with gradients to sum no more than run at a time, each leaving a part."""
-    blocks = count_blocks(rows.count, dict(config.tiles)["ROWS"])
+    blocks = count_blocks(rows.count, config.tile("ROWS"))
     if not generated.walks:
         return blocks
     device = rows.like.device
@@ -132,12 +132,7 @@ def _programs(generated: NormKernelSpec, rows: _Rows, config: Config, across: in
 
 def _launch_by_rows(kernel: Kernel, generated: NormKernelSpec, rows: _Rows, arguments: Mapping[str, Any]) -> None:
     config = _config(kernel, generated, rows.like)
-    _launch(kernel, count_blocks(rows.count, dict(config.tiles)["ROWS"]), arguments, config)
-
-
-def _launch(kernel: Kernel, blocks: int, arguments: Mapping[str, Any], config: Config) -> None:
-    """With those of `arguments` that the kernel has."""
-    launch(kernel, blocks, {name: arguments[name] for name, kind in kernel.signature if kind != "constexpr"}, config)
+    launch(kernel, count_blocks(rows.count, config.tile("ROWS")), arguments, config)
 
 
 def _config(kernel: Kernel, generated: NormKernelSpec, like: Tensor) -> Config:
@@ -198,12 +193,8 @@ class _Rows:
         return math.prod(self.sizes)
 
     def new(self, width: int, dtype: torch.dtype) -> Tensor:
-        """An empty tensor of `width` values a row, its axes in order.
-
-        By `torch.empty`, of which the partitioner never takes two for one as it does with `new_empty`: kernels write
-        to them.
-        """
-        return torch.empty((*self.sizes, width), dtype=dtype, device=self.like.device)
+        """An uninitialized tensor of `width` values a row, its axes in order."""
+        return uninitialized((*self.sizes, width), dtype, self.like)
 
     def back(self, tensor: Tensor) -> Tensor:
         """A tensor made by `new` with its axes as `like` has them."""

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fxopt.kernels.attention import query_tiles_kernel
 from fxopt.kernels.configs import Config
-from fxopt.ops.launch import count_blocks, launch, operator, runs_triton
+from fxopt.ops.launch import count_blocks, launch, operator, runs_triton, uninitialized
 from fxopt.ops.registry import OpMemory
 
 __all__ = ["MEMORY", "query_tiles"]
@@ -31,7 +31,7 @@ def _on_triton(intervals: Tensor, *_: Any) -> bool:
 def query_tiles(intervals: Tensor, keys: int, grain: int, spreads: bool) -> Tensor:
     """The operator (module docstring); intervals are int64 and contiguous. spreads: rows without keys see all."""
     rows, queries = intervals.shape[:2]
-    tiles = intervals.new_empty(rows, count_blocks(keys, grain), 4, dtype=torch.int32)
+    tiles = uninitialized((rows, count_blocks(keys, grain), 4), torch.int32, intervals)
     arguments = {"Intervals": intervals, "Tiles": tiles, "queries": queries, "keys": keys}
     launch(query_tiles_kernel(spreads), rows * tiles.shape[1], arguments, Config((("GRAIN", grain),), 4, 2))
     return tiles

@@ -67,7 +67,8 @@ def _traced(result: Term, leaves: Sequence[Term]) -> fx.Graph:
         (output,) = evaluate(Place(None, (), torch.float64, torch.device("cpu")), inputs)
         return list(torch.autograd.grad(output, wanted, torch.ones_like(output), allow_unused=True))
 
-    with torch.inference_mode(False), torch.enable_grad():
+    # A backward that AOTAutograd traces through may be the first to ask: its modes would see these operators too.
+    with compat.outside_dispatch_modes(), torch.inference_mode(False), torch.enable_grad():
         samples = [torch.ones((), dtype=_DTYPES[leaf.kind], device="cpu") for leaf in leaves]
         return compat.make_fx(differentiated)(*samples).graph
 
