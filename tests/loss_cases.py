@@ -131,16 +131,3 @@ def problems(
     }
     upstream = torch.randn(target.shape) if options["reduction"] == "none" else torch.randn(())
     return tensors, target, upstream, options
-
-
-def peak_bytes(work: Callable[[], object]) -> int:
-    """The most that `work` has allocated at a time, by the allocator's own events."""
-    with torch.profiler.profile(profile_memory=True) as profile:
-        kept = work()
-    del kept
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    now = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        now += event.nbytes()
-        peak = max(peak, now)
-    return peak

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytest
 import torch
+from allocations import peak_bytes
 from attention_cases import (
     DTYPES,
     LAYOUTS,
@@ -431,19 +432,6 @@ def test_compiles_with_changing_sizes(program: str, dynamic: bool, backend: str)
 
 
 # --- memory ------------------------------------------------------------------------------------------------------
-
-
-def peak_bytes(work: Callable[[], object]) -> int:
-    """The most that `work` has allocated at a time, by the allocator's own events."""
-    with torch.profiler.profile(profile_memory=True) as profile:
-        kept = work()
-    del kept
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    now = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        now += event.nbytes()
-        peak = max(peak, now)
-    return peak
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

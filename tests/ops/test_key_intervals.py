@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from allocations import allocated
 from hypothesis import given
 from interval_masks import Arguments, dense, masks
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch.profiler import profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from fxopt.ops.key_intervals import FORWARD, key_intervals
@@ -126,28 +126,14 @@ def test_compiles_once_for_all_sizes() -> None:
 # --- what it costs -----------------------------------------------------------------------------------------------
 
 
-def peak(run: Any) -> tuple[int, int]:
-    """Bytes allocated at most, and at the end, by `run`, whose result is held."""
-    run()
-    with profile(profile_memory=True) as record:
-        result = run()
-    now = most = 0
-    events = record.profiler.kineto_results.events()  # type: ignore[union-attr]
-    for event in sorted(events, key=lambda one: one.start_ns()):
-        if event.name() == "[memory]":
-            now += event.nbytes()
-            most = max(most, now)
-    del result
-    return most, now
-
-
 @pytest.mark.parametrize("rows", [1, 4])
 @pytest.mark.parametrize("names", [TENSORS, ("documents", "keep"), *((name,) for name in TENSORS)])
 def test_memory_formula_bounds_what_is_allocated(names: tuple[str, ...], rows: int) -> None:
     arguments = {name: one for name, one in everything(4, 2048).items() if name in names or name not in TENSORS}
     for name in {"documents", "keep", "rows", "lengths"} & {*names}:
         arguments[name] = arguments[name][:rows]
-    most, end = peak(lambda: key_intervals(**arguments))
+    key_intervals(**arguments)
+    most, end = allocated(lambda: key_intervals(**arguments))
     formula = memory_of(FORWARD, *positional(arguments))
     assert formula is not None
     assert formula.outputs == end

@@ -12,9 +12,10 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
+from allocations import peak_bytes
 from hypothesis import given
 from hypothesis import strategies as st
-from loss_cases import DTYPES, NAMES, Loss, check, constants, eager, peak_bytes, problem, problems, run
+from loss_cases import DTYPES, NAMES, Loss, check, constants, eager, problem, problems, run
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from allocations import allocated
 from hypothesis import given
 from norm_cases import BF16, F16, F32, F64, NAMES, Tensors, check, draw, eager, ours, plain, problems, step
 from torch import Tensor
-from torch.profiler import profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from fxopt.ops.norm import NormSpec, norm
@@ -186,20 +186,6 @@ def test_meta_tensors() -> None:
     assert (out.shape, out.dtype, stream.dtype) == ((3, 8), BF16, F32)
 
 
-def peak(run: Any) -> tuple[int, int]:
-    """Bytes allocated at most, and at the end, by `run`, whose result is held."""
-    run()
-    with profile(profile_memory=True) as record:
-        result = run()
-    now = most = 0
-    for event in record.profiler.kineto_results.events():  # type: ignore[union-attr]
-        if event.name() == "[memory]":
-            now += event.nbytes()
-            most = max(most, now)
-    del result
-    return most, now
-
-
 @pytest.mark.parametrize("kind", ["rms", "layer"])
 @pytest.mark.parametrize("dtype", [F32, BF16])
 @pytest.mark.parametrize("parts", ["", "w", "rwb", "rwbg"])
@@ -212,7 +198,8 @@ def test_memory_formula_bounds_what_is_allocated(kind: str, dtype: torch.dtype, 
     backward = (s, None, s, *vectors, rstd, rstd, *constants, True, *(one is not None for one in vectors))
     for op, arguments in ((FORWARD, (*values, *constants)), (BACKWARD, backward)):
         with torch.no_grad():
-            most, end = peak(lambda op=op, arguments=arguments: op(*arguments))
+            op(*arguments)
+            most, end = allocated(lambda op=op, arguments=arguments: op(*arguments))
         formula = memory_of(op, *arguments)
         assert formula is not None
         few = 2**14  # statistics, and what is [H]
