@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -21,6 +22,7 @@ from torch import Tensor, fx
 import fxopt
 from fxopt import backend as pipeline
 from fxopt.ops import chunked_loss, loss_launch
+from fxopt.ops.launch import launch
 from fxopt.ops.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_and_argmax
 from fxopt.ops.loss_operator import BACKWARD, FORWARD
 from fxopt.ops.registry import memory_of
@@ -210,6 +212,12 @@ def test_compiles_with_changing_sizes() -> None:
         assert all(torch.equal(a, b) for a, b in zip(ours.named().values(), here.named().values(), strict=True))
 
 
+def launch_and_let_go(*arguments: Any) -> None:
+    """The interpreter leaves what it was given in reference cycles."""
+    launch(*arguments)
+    gc.collect()
+
+
 def nothing(*arguments: Any) -> None:
     """Unlike a mock, which would hold what it is called with."""
 
@@ -224,6 +232,7 @@ def test_the_memory_formulas_of_tiles_are_what_the_allocator_sees(dtype: torch.d
     with (
         mock.patch.multiple(loss_launch, PIECE_BYTES=1, LEAST_CLASSES=64),
         mock.patch.object(loss_launch, "add_product", nothing),  # a CPU would widen narrow numbers for it
+        mock.patch.object(loss_launch, "launch", launch_and_let_go),
     ):
         peaks = [peak_bytes(lambda: FORWARD(*forward)), peak_bytes(lambda: BACKWARD(*backward))]
         formulas = [memory_of(FORWARD, *forward), memory_of(BACKWARD, *backward)]
