@@ -12,7 +12,7 @@ from torch import Tensor
 from fxopt.ops.launch import check_lowering
 from fxopt.ops.loss_costs import recomputes
 from fxopt.ops.loss_operator import FORWARD
-from fxopt.ops.loss_spec import Wanted
+from fxopt.ops.loss_spec import LossSpec, Wanted
 
 __all__ = ["linear_cross_entropy", "linear_cross_entropy_and_argmax"]
 
@@ -64,11 +64,8 @@ def linear_cross_entropy(
     Gradients are computed for the inputs that require them where grad mode is on, both as they are when this is called
     or traced. Ambient autocast is not looked at: cast the arguments.
     """
-    loss, _ = _call(
-        hidden, weight, bias, target, scale, softcap, label_smoothing, z_loss, ignore_index, reduction, False,
-        recompute, lowering,
-    )  # fmt: skip
-    return loss
+    spec = LossSpec(scale, _checked(softcap), label_smoothing, z_loss, ignore_index, reduction)
+    return _call(hidden, weight, bias, target, spec, False, recompute, lowering)[0]
 
 
 def linear_cross_entropy_and_argmax(
@@ -91,10 +88,8 @@ def linear_cross_entropy_and_argmax(
     That is int64, in target's shape, the first of several that are largest, and -1 where the row is ignored, so that
     ``(argmax == target).sum() / (target != ignore_index).sum()`` is the accuracy.
     """
-    return _call(
-        hidden, weight, bias, target, scale, softcap, label_smoothing, z_loss, ignore_index, reduction, True,
-        recompute, lowering,
-    )  # fmt: skip
+    spec = LossSpec(scale, _checked(softcap), label_smoothing, z_loss, ignore_index, reduction)
+    return _call(hidden, weight, bias, target, spec, True, recompute, lowering)
 
 
 def _call(
@@ -102,17 +97,12 @@ def _call(
     weight: Tensor,
     bias: Tensor | None,
     target: Tensor,
-    scale: float,
-    softcap: float | None,
-    label_smoothing: float,
-    z_loss: float,
-    ignore_index: int,
-    reduction: str,
+    spec: LossSpec,
     argmax: bool,
     recompute: bool | None,
     lowering: str,
 ) -> tuple[Tensor, Tensor]:
-    _check_options(softcap, label_smoothing, reduction)
+    _check_options(spec)
     check_lowering(lowering)
     _check_tensors(hidden, weight, bias, target)
     training = torch.is_grad_enabled()
@@ -121,20 +111,25 @@ def _call(
         recompute = recomputes(hidden, weight, target.numel(), wanted, lowering)
     loss, *_, best = FORWARD(
         hidden.reshape(-1, hidden.shape[-1]), weight, bias, target.reshape(-1),
-        scale, softcap or 0.0, label_smoothing, z_loss, ignore_index, reduction, argmax, *wanted.flags, recompute,
-        lowering,
+        spec.scale, spec.softcap, spec.label_smoothing, spec.z_loss, spec.ignore_index, spec.reduction, argmax,
+        *wanted.flags, recompute, lowering,
     )  # fmt: skip
     shape = target.shape
-    return loss.reshape(shape) if reduction == "none" else loss, best.reshape(shape) if argmax else best
+    return loss.reshape(shape) if spec.reduction == "none" else loss, best.reshape(shape) if argmax else best
 
 
-def _check_options(softcap: float | None, label_smoothing: float, reduction: str) -> None:
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction is {reduction!r}: it must be one of {', '.join(REDUCTIONS)}")
+def _checked(softcap: float | None) -> float:
+    """As `LossSpec` has it."""
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap is {softcap}: it must be positive, or None for no cap")
-    if not 0 <= label_smoothing <= 1:
-        raise ValueError(f"label_smoothing is {label_smoothing}: it must be between 0 and 1")
+    return softcap or 0.0
+
+
+def _check_options(spec: LossSpec) -> None:
+    if spec.reduction not in REDUCTIONS:
+        raise ValueError(f"reduction is {spec.reduction!r}: it must be one of {', '.join(REDUCTIONS)}")
+    if not 0 <= spec.label_smoothing <= 1:
+        raise ValueError(f"label_smoothing is {spec.label_smoothing}: it must be between 0 and 1")
 
 
 def _check_tensors(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor) -> None:
