@@ -11,7 +11,7 @@ TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TORCHINDUCTOR_CACHE_DIR=$(CURDIR)
 PYTEST   := $(TEST_ENV) $(BIN)/python -m pytest -n 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all bench lint clean
+.PHONY: help demo test test-all bench bench-gpu lint clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -41,6 +41,9 @@ bench: $(READY)  ## measure on this machine and rewrite the README's table (abou
 	$(BIN)/python bench/linear_cross_entropy.py --json $(RESULTS)/linear_cross_entropy.json || code=1; \
 	$(BIN)/python bench/norm.py --json $(RESULTS)/norm.json || code=1; \
 	$(BIN)/python bench/readme.py && exit $$code
+
+bench-gpu: $(READY)  ## check and time the kernels on this machine's GPU (9 minutes; docs/gpu.md)
+	$(BIN)/python bench/gpu/run.py
 
 lint: $(READY)  ## ruff and mypy
 	$(BIN)/ruff check .

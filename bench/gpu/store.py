@@ -8,11 +8,12 @@ Records of other commits and cards stay until their item is run again; every rec
 from __future__ import annotations
 
 import json
-import os
 import threading
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+from fxopt.kernels.source import write_whole
 
 Record = dict[str, Any]
 
@@ -36,11 +37,7 @@ class Store:
         with self._writing:
             records = self._read(phase)
             records[name] = {"commit": self.machine["commit"], "card": self.machine["card"], **record}
-            self.folder.mkdir(parents=True, exist_ok=True)
-            path = self.path(phase)
-            beside = path.with_suffix(".tmp")
-            beside.write_text(json.dumps({"machine": self.machine, "items": records}, indent=1) + "\n")
-            os.replace(beside, path)
+            write_whole(self.path(phase), json.dumps({"machine": self.machine, "items": records}, indent=1) + "\n")
 
     def path(self, phase: str) -> Path:
         """The file of a phase."""
