@@ -14,12 +14,11 @@ pytestmark = pytest.mark.filterwarnings("error::fxopt.FxoptWarning")
 INTERPRET = {"kernels": "interpret"}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "attention"),
     [
         ("llama", "sdpa"),
-        *((name, "eager") for name in ("gemma2", "gpt_oss", "t5", "bert")),
+        *(pytest.param(name, "eager", marks=pytest.mark.slow) for name in ("gemma2", "gpt_oss", "t5", "bert")),
     ],
 )
 def test_a_step_by_generated_kernels_is_as_accurate_as_eager(family: str, attention: str) -> None:
