@@ -1,4 +1,4 @@
-"""Norms to test with: inputs of any layout, the formulas as a model would write them, and one step by either."""
+"""Norms to test with: inputs of any layout, and one step by the operator or the formulas as a model writes them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import dataclasses
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+from gpu.norm_problem import NAMES
+from gpu.norm_problem import formula as eager
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -14,7 +15,6 @@ from fxopt.ops.norm import NormSpec, norm
 from fxopt.testing.compare import Step, compare
 
 F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
-NAMES = ("x", "residual", "weight", "bias", "gate")
 Tensors = dict[str, Tensor]
 
 
@@ -22,29 +22,6 @@ def plain(dtype: torch.dtype = F32, kind: str = "rms", **changes: Any) -> NormSp
     """A norm without casts of an x of `dtype`."""
     wide = torch.promote_types(dtype, F32)
     return dataclasses.replace(NormSpec(kind, 1e-5, "square", wide, dtype, False, 0.0, dtype, dtype), **changes)
-
-
-def eager(tensors: Tensors, spec: NormSpec) -> tuple[Tensor, ...]:
-    """The formulas, as a model would write them; autograd differentiates them."""
-    x, residual, weight, bias, gate = map(tensors.get, NAMES)
-    s = x if residual is None else x + residual
-    d = s.to(spec.compute)
-    d = d - d.mean(-1, keepdim=True) if spec.kind == "layer" else d
-    eps = torch.finfo(spec.compute).eps if spec.eps is None else spec.eps
-    if spec.eps_at == "square":
-        rstd = torch.rsqrt(d.pow(2).mean(-1, keepdim=True) + eps)
-    else:
-        root = torch.linalg.vector_norm(d, dim=-1, keepdim=True) / d.shape[-1] ** 0.5
-        rstd = 1 / (root + eps if spec.eps_at == "root" else root.clamp_min(eps))
-    a = d.to(spec.normalized) * rstd.to(spec.normalized) if spec.rounded_rstd else (d * rstd).to(spec.normalized)
-    a = a.to(spec.affine)
-    if weight is not None:
-        a = a * (weight.to(spec.affine) + spec.offset)
-    if bias is not None:
-        a = a + bias.to(spec.affine)
-    if gate is not None:
-        a = a.to(spec.compute) * F.silu(gate.to(spec.compute))
-    return (a.to(spec.output),) if residual is None else (a.to(spec.output), s)
 
 
 def ours(tensors: Tensors, spec: NormSpec, lowering: str = "auto") -> tuple[Tensor, ...]:

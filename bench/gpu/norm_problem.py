@@ -97,18 +97,18 @@ class NormProblem:
 
 
 def formula(tensors: Tensors, spec: NormSpec) -> Outputs:
-    """The result, and the sum where there is a residual, as a model would write them."""
+    """The result, and the sum where there is a residual, as a model would write them; tests compare with it too."""
     x, residual, weight, bias, gate = map(tensors.get, NAMES)
     assert x is not None
     s = x if residual is None else x + residual
     d = s.to(spec.compute)
     d = d - d.mean(-1, keepdim=True) if spec.kind == "layer" else d
     eps = torch.finfo(spec.compute).eps if spec.eps is None else spec.eps
-    square = d.pow(2).mean(-1, keepdim=True)
     if spec.eps_at == "square":
-        rstd = torch.rsqrt(square + eps)
+        rstd = torch.rsqrt(d.pow(2).mean(-1, keepdim=True) + eps)
     else:
-        rstd = 1 / (square.sqrt() + eps if spec.eps_at == "root" else square.sqrt().clamp_min(eps))
+        root = torch.linalg.vector_norm(d, dim=-1, keepdim=True) / d.shape[-1] ** 0.5
+        rstd = 1 / (root + eps if spec.eps_at == "root" else root.clamp_min(eps))
     a = d.to(spec.normalized) * rstd.to(spec.normalized) if spec.rounded_rstd else (d * rstd).to(spec.normalized)
     a = a.to(spec.affine)
     if weight is not None:
