@@ -1,7 +1,8 @@
-"""The pipeline: capture, rewrite, compile, finish. ``torch.compile(model, backend="fxopt", options={...})``."""
+"""The pipeline: capture, rewrite, outputs, precision, compile. ``torch.compile(model, backend="fxopt", options={...})``."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -11,8 +12,10 @@ from torch import fx
 from fxopt import capture as capturing
 from fxopt import compat, verify
 from fxopt.differential import same_function
+from fxopt.fake import without_autocast
 from fxopt.options import Options
 from fxopt.outputs import OutputPlan, defer_outputs
+from fxopt.passes import precision
 from fxopt.report import GraphReport, Report, record, reports
 from fxopt.rewrite import apply_rule, copy_module
 from fxopt.stages import Stages
@@ -52,7 +55,11 @@ def run(
     graph = stages.run("capture", lambda: capture(gm, stages), otherwise=gm)
     graph, deferrable = stages.run("rewrite", lambda: rewrite(graph, inputs, stages), otherwise=(graph, nothing))
     graph, plan = stages.run("outputs", lambda: defer(graph, deferrable, stages), otherwise=(graph, OutputPlan()))
-    compiled = stages.run("compile", lambda: plan.wrap(compiler(graph, inputs)), otherwise=None)
+    ambient: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+    if options.precision is not None:
+        graph, ambient = stages.run("precision", lambda: cast(graph, stages), otherwise=(graph, ambient))
+    with ambient:
+        compiled = stages.run("compile", lambda: plan.wrap(compiler(graph, inputs)), otherwise=None)
     return stages.finish(), compiled or compiler(gm, inputs)
 
 
@@ -101,6 +108,17 @@ def defer(gm: fx.GraphModule, names: Sequence[str], stages: Stages) -> tuple[fx.
     plan = defer_outputs(graph, names)
     stages.report.deferred += [item.projection.name for item in plan.deferred]
     return graph, plan
+
+
+def cast(gm: fx.GraphModule, stages: Stages) -> tuple[fx.GraphModule, contextlib.AbstractContextManager[None]]:
+    """Stage 4: explicit casts. Returns the graph and what it must be compiled within, since its casts are all there are."""
+    policy = stages.options.precision
+    assert policy is not None
+    found = precision.apply(gm, policy)
+    precision.check_patterns(policy, found.paths)
+    stages.report.casts = found.casts
+    stages.report.notes += [found.note, *(f"{name} stays in fp32: {reason}" for name, reason in found.kept)]
+    return found.module, without_autocast()
 
 
 def explain(

@@ -51,6 +51,7 @@ __all__ = [
     "outside_dispatch_modes",
     "pytree",
     "size_expression",
+    "size_hint",
     "tag_activation_checkpoint",
     "trace_atens",
 ]
@@ -92,6 +93,11 @@ def ignoring_fresh_symbols(mode: FakeTensorMode | None) -> Iterator[None]:
 def size_expression(size: Any) -> Any:
     """A size as an int, or as the sympy expression behind a symbolic one; reading it installs no guard."""
     return size.node.expr if isinstance(size, torch.SymInt) else size
+
+
+def size_hint(size: Any) -> int:
+    """A size as a plain number, a symbolic one as it was when the graph was traced; reading it installs no guard."""
+    return int(size if type(size) is int else size.node.hint)
 
 
 def is_batched(value: torch.Tensor) -> bool:

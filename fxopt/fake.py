@@ -49,6 +49,15 @@ def ambient_state() -> Iterator[None]:
         torch.set_grad_enabled(grad)
 
 
+@contextlib.contextmanager
+def without_autocast() -> Iterator[None]:
+    """Within, autocast is off on every device."""
+    with contextlib.ExitStack() as stack:
+        for name in autocast_state():
+            stack.enter_context(torch.autocast(name, enabled=False))
+        yield
+
+
 def autocast_state() -> dict[str, torch.dtype]:
     """Devices for which autocast is on, and the dtype it casts to."""
     return {name: torch.get_autocast_dtype(name) for name in _AUTOCASTING if torch.is_autocast_enabled(name)}

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from fxopt import compat
+from fxopt.errors import OptionError, nearest
 from fxopt.kernels.interpreter import interpreting
 from fxopt.ops.launch import LOWERINGS, Lowering
+from fxopt.policy import Policy
 from fxopt.rule import Rule
 
 Logits = Literal["deferred", "eager"]
-
-
-class OptionError(compat.PassesThroughDynamo, ValueError):
-    """An option the user gave cannot be honoured; the message names the value and the way out."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +33,9 @@ class Options:
     kernels:  how fxopt's operators are computed: "auto" by generated Triton kernels on CUDA and by ATen elsewhere,
               "aten" by ATen everywhere, "interpret" by the Triton kernels under Triton's interpreter, on a CPU and very
               slowly (``TRITON_INTERPRET=1`` must be set before Python starts).
+    precision: None leaves every dtype as it is. "bf16" or "fp16" computes products in 16 bits and sums, norms, softmax
+              and losses in fp32, by explicit casts (docs/precision.md); ambient autocast is replaced. A dict says more:
+              {"compute": "bf16", "residual": "fp32", "keep_fp32": ["lm_head", "*.router"], "ops": {"aten.silu": "fp32"}}.
     inductor: ``torch._inductor.config`` entries for this compilation, as ``torch.compile`` takes them.
     """
 
@@ -45,6 +45,7 @@ class Options:
     verify: bool = False
     dump: Path | None = None
     kernels: Lowering = "auto"
+    precision: Policy | None = None
     inductor: tuple[tuple[str, Any], ...] = ()
 
     @classmethod
@@ -72,7 +73,7 @@ class Options:
     def cache_key(self) -> str:
         """What these options and the rules' versions add to the keys of torch's caches."""
         rules = " ".join(f"{rule.name}={rule.version}" for rule in self.active_rules())
-        return f"{rules} force={sorted(self.force)} logits={self.logits} kernels={self.kernels}"
+        return f"{rules} force={sorted(self.force)} logits={self.logits} kernels={self.kernels} precision={self.precision!r}"
 
     def active_rules(self) -> list[Rule]:
         """The rules these options leave in force, in the order they run."""
@@ -81,12 +82,6 @@ class Options:
         removed = {item.removeprefix("-") for item in self.rules if isinstance(item, str) and item.startswith("-")}
         added = [item for item in self.rules if not isinstance(item, str)]
         return [rule for rule in (*RULES, *added) if rule.name not in removed]
-
-
-def nearest(key: str, names: Sequence[str]) -> str:
-    """What to add to a message about `key`, which is none of `names`: the one that may have been meant."""
-    close = difflib.get_close_matches(str(key), names, n=1, cutoff=0.5)
-    return f" (did you mean {close[0]!r}?)" if close else ""
 
 
 def _one_of(name: str, choices: Sequence[str], value: Any) -> Any:
@@ -166,5 +161,6 @@ _PARSERS = {
     "verify": _bool,
     "dump": _dump,
     "kernels": _kernels,
+    "precision": Policy.parse,
     "inductor": _inductor,
 }

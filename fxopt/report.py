@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from fxopt.casts import Cast
 from fxopt.rule import Place, Refusal, Rewrite
 
 
@@ -22,6 +23,7 @@ class GraphReport:
 
     name:     "graph 0" in order of compilation.
     rewrites, refusals: the sites, in graph order a rule.
+    casts:    those that ``options={"precision": ...}`` put there.
     deferred: the outputs that left the graph, by name.
     notes:    what a reader should know besides: nodes not lowered, stages that fell back.
     timings:  stage -> seconds; "compile" is Inductor's part.
@@ -32,6 +34,7 @@ class GraphReport:
     name: str
     rewrites: list[Rewrite] = dataclasses.field(default_factory=list)
     refusals: list[Refusal] = dataclasses.field(default_factory=list)
+    casts: list[Cast] = dataclasses.field(default_factory=list)
     deferred: list[str] = dataclasses.field(default_factory=list)
     notes: list[str] = dataclasses.field(default_factory=list)
     timings: dict[str, float] = dataclasses.field(default_factory=dict)
@@ -57,6 +60,11 @@ class Report:
     def refusals(self) -> list[Refusal]:
         """Every site that was left alone, with the reasons."""
         return [item for graph in self.graphs for item in graph.refusals]
+
+    @property
+    def casts(self) -> list[Cast]:
+        """Every cast that ``options={"precision": ...}`` put there."""
+        return [item for graph in self.graphs for item in graph.casts]
 
     @property
     def deferred(self) -> list[str]:
@@ -124,6 +132,15 @@ def _tables(graph: GraphReport) -> Any:
             for refusal in group:
                 table.add_row(refusal.rule, str(refusal.place), reasons if refusal is group[0] else "as above")
         yield table
+    if graph.casts:
+        table = Table("from", "to", "casts", "MiB", "why", title="casts", title_justify="left", box=None, pad_edge=False)
+        groups: dict[tuple[str, str, str], list[Cast]] = collections.defaultdict(list)
+        for cast in graph.casts:
+            groups[cast.before, cast.after, cast.reason].append(cast)
+        for (before, after, reason), group in groups.items():
+            mib = sum(cast.bytes for cast in group) / 2**20
+            table.add_row(before, after, str(len(group)), f"{mib:.1f}", reason)
+        yield table
     for name in graph.deferred:
         yield Text(f"deferred: {name} is computed when it is first read")
     for note in graph.notes:
@@ -154,8 +171,9 @@ def _graph_from(data: dict[str, Any]) -> GraphReport:
         Refusal(**item | {"place": Place(**item["place"]), "reasons": tuple(item["reasons"])})
         for item in data["refusals"]
     ]
+    casts = [Cast(**item | {"place": Place(**item["place"])}) for item in data["casts"]]
     files = [Path(item) for item in data["files"]]
-    return GraphReport(**data | {"rewrites": rewrites, "refusals": refusals, "files": files})
+    return GraphReport(**data | {"rewrites": rewrites, "refusals": refusals, "casts": casts, "files": files})
 
 
 _REPORTS: list[Report] = []

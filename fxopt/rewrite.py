@@ -18,7 +18,7 @@ from fxopt import compat, verify
 from fxopt.fake import ambient_state, arguments, propagate, value_of
 from fxopt.legality import illegal, place_of
 from fxopt.match import find_pattern
-from fxopt.rule import Cost, NoSite, Pattern, Place, Refusal, Region, Rewrite, Rule, Site
+from fxopt.rule import MODULES, Cost, NoSite, Pattern, Place, Refusal, Region, Rewrite, Rule, Site, module_path, provenance_of
 from fxopt.score.reader import OUTSIDE
 from fxopt.sharing import share
 
@@ -207,7 +207,8 @@ def replace(
     with graph.inserting_before(anchor):
         results: Any = graph.graph_copy(new, env)
     made = [node for inner, node in env.items() if inner not in given]
-    provenance = {key: anchor.meta[key] for key in ("stack_trace", "nn_module_stack", "grad") if key in anchor.meta}
+    provenance = provenance_of(anchor)
+    provenance[MODULES] = tuple(dict.fromkeys(map(module_path, site.nodes)))
     for node in made:
         node.meta.update(provenance, rule=site.rule)
         order[node] = order[anchor]

@@ -100,7 +100,7 @@ class Place:
         """The innermost frame and module recorded for `node`."""
         frames = re.findall(r'File "([^"]+)", line (\d+)[^\n]*\n\s*([^\n]*)', node.meta.get("stack_trace") or "")
         path, line, code = frames[-1] if frames else ("", "", "")
-        return cls(f"{path}:{line}" if path else "", code.strip(), _module_path(node))
+        return cls(f"{path}:{line}" if path else "", code.strip(), module_path(node))
 
     @property
     def name(self) -> str:
@@ -114,12 +114,21 @@ class Place:
         )
 
 
-def _module_path(node: fx.Node) -> str:
+def module_path(node: fx.Node) -> str:
     """``model.layers.0.input_layernorm`` from what Dynamo records of the module stack."""
     stack = node.meta.get("nn_module_stack") or {}
     path = str(list(stack.values())[-1][0]) if stack else ""
     path = re.sub(r"\[['\"]?([^\]'\"]+)['\"]?\]", r".\1", path).replace("_modules.", "")
     return re.sub(r"^(L\.)?(self|fn)?\.?", "", path).replace("._orig_mod", "")
+
+
+MODULES = "modules"
+"""The key in the meta of a node that a rule made: the module paths of all nodes it stands for."""
+
+
+def provenance_of(node: fx.Node) -> dict[str, Any]:
+    """What the meta of a node made in place of `node` says of the user's code and of the grad mode."""
+    return {key: node.meta[key] for key in ("stack_trace", "nn_module_stack", "grad") if key in node.meta}
 
 
 @dataclasses.dataclass(frozen=True)

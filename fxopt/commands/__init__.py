@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fxopt.options import nearest
+from fxopt.errors import nearest
 
 __all__ = ["UsageError", "check_name"]
 

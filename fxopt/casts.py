@@ -1,0 +1,171 @@
+"""Casts as nodes of a graph that is being built: one a tensor and dtype, none that is exact to leave out, each with its
+reason, and each where the tensor is smallest.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxopt import compat
+from fxopt.effects import storages_of
+from fxopt.fake import value_of
+from fxopt.rule import Place, provenance_of
+
+__all__ = ["MARK", "VIEWS", "Cast", "Casts", "casts_of", "is_float"]
+
+aten = torch.ops.aten
+
+MARK = "cast"
+"""The key in a node's meta that says it is a cast of ours, with the reason."""
+
+VIEWS = frozenset(
+    {
+        aten.alias.default, aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.flatten.using_ints,
+        aten.unflatten.int, aten.transpose.int, aten.permute.default, aten.t.default, aten.mT.default,
+        aten.expand.default, aten.unsqueeze.default, aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims,
+        aten.movedim.int, aten.swapaxes.default,
+    }
+)  # fmt: skip
+_COPIES = frozenset({aten.contiguous.default, aten.clone.default, aten.reshape.default})
+"""Movements that may copy: a cast goes above one only if nobody else reads it, or the copy would be made twice."""
+
+
+@dataclass(frozen=True)
+class Cast:
+    """One cast in the finished graph.
+
+    node:   its name; source: the name of what is cast.
+    before, after: the dtypes ("float32", "bfloat16").
+    bytes:  of the result.
+    reason: why it is there. readers: how many nodes read it. place: of the first reader, in the user's code.
+    """
+
+    node: str
+    source: str
+    before: str
+    after: str
+    bytes: int
+    reason: str
+    readers: int
+    place: Place
+
+
+def is_float(value: Any) -> bool:
+    """Whether `value` is a tensor of fp32, bf16 or fp16: fp64, complex and integer tensors are left alone."""
+    return isinstance(value, torch.Tensor) and value.dtype in (torch.float32, torch.bfloat16, torch.float16)
+
+
+def is_exact(before: torch.dtype, after: torch.dtype) -> bool:
+    """Whether every number of `before` is one of `after`."""
+    return before == after or (before != torch.float32 and after == torch.float32)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """ "bfloat16"."""
+    return str(dtype).removeprefix("torch.")
+
+
+def size_of(value: torch.Tensor, dtype: torch.dtype) -> int:
+    """Bytes of `value` in `dtype`, symbolic sizes by their hints."""
+    return math.prod(compat.size_hint(size) for size in value.shape) * dtype.itemsize
+
+
+class Casts:
+    """Makes the casts of one `graph`, to which nodes are appended in order.
+
+    written: storages that some node writes to; what lies there is cast anew at each use, where it is used.
+    once:    nodes of `graph` that have one reader; whoever builds it adds to them.
+    """
+
+    def __init__(self, graph: fx.Graph, written: Collection[Any]):
+        self.graph, self.written = graph, written
+        self.once: set[fx.Node] = set()
+        self.made: dict[Any, fx.Node] = {}
+        self.asked: list[tuple[fx.Node, torch.dtype]] = []
+
+    def to(self, node: fx.Node, dtype: torch.dtype, reason: str, reader: fx.Node) -> fx.Node:
+        """`node` in `dtype`, for `reader`, a node of the graph as it was."""
+        if value_of(node).dtype == dtype:
+            return node
+        source = self.before_widening(node, dtype)
+        if source is not None:
+            return source
+        self.asked.append((node, dtype))
+        return self.placed(node, dtype, reason, reader)
+
+    def before_widening(self, node: fx.Node, dtype: torch.dtype) -> fx.Node | None:
+        """What `node` widened, if that has `dtype`: the pair of casts changes nothing, nor does its derivative."""
+        if node.target is not aten.to.dtype or len(node.args) != 2 or node.kwargs:
+            return None
+        source: Any = node.args[0]
+        before = value_of(source).dtype
+        written = not storages_of(value_of(source)).isdisjoint(self.written)
+        return source if before == dtype and is_exact(before, value_of(node).dtype) and not written else None
+
+    def placed(self, node: fx.Node, dtype: torch.dtype, reason: str, reader: fx.Node) -> fx.Node:
+        """A cast of `node`, or the movement `node` of a cast of what it moves."""
+        if value_of(node).dtype == dtype:
+            return node
+        key = node, dtype, reader.meta.get("grad")
+        if not storages_of(value_of(node)).isdisjoint(self.written):
+            return self.cast(node, dtype, reason, reader)
+        if key not in self.made:
+            if self.goes_above(node):
+                moved: Any = node.args[0]
+                source = self.before_widening(moved, dtype) or self.placed(moved, dtype, reason, reader)
+                self.made[key] = self.moved(node, source)
+            else:
+                self.made[key] = self.cast(node, dtype, reason, reader)
+        return self.made[key]
+
+    def goes_above(self, node: fx.Node) -> bool:
+        """Whether `node` moves a tensor that is no larger, so that casting that costs no more and may serve others."""
+        if node.target not in VIEWS | _COPIES or (node.target in _COPIES and node not in self.once):
+            return False
+        source, result = value_of(node.args[0]), value_of(node)
+        if not is_float(source) or source.dtype != result.dtype:
+            return False
+        return size_of(source, source.dtype) <= size_of(result, source.dtype)
+
+    def cast(self, node: fx.Node, dtype: torch.dtype, reason: str, reader: fx.Node) -> fx.Node:
+        made = self.graph.call_function(aten.to.dtype, (node, dtype))
+        made.meta.update(provenance_of(reader), val=value_of(node).to(dtype), **{MARK: reason})
+        return made
+
+    def moved(self, node: fx.Node, source: fx.Node) -> fx.Node:
+        made = self.graph.node_copy(node, lambda one: source if one is node.args[0] else one)
+        made.meta["val"] = value_of(node).to(value_of(source).dtype)
+        return made
+
+    def bytes_one_by_one(self) -> tuple[int, int]:
+        """Number and bytes of the casts asked for, if each use had one of its own, but a parameter one for all.
+
+        That is what autocast does (its cache holds casts of leaves that want gradients) to a graph of these dtypes.
+        """
+        cached: set[tuple[fx.Node, torch.dtype]] = set()
+        count = total = 0
+        for node, dtype in self.asked:
+            if node.op == "placeholder" and value_of(node).requires_grad:
+                if (node, dtype) in cached:
+                    continue
+                cached.add((node, dtype))
+            count, total = count + 1, total + size_of(value_of(node), dtype)
+        return count, total
+
+
+def casts_of(graph: fx.Graph) -> Iterator[Cast]:
+    """The casts of ours that a finished, propagated graph holds."""
+    for node in graph.nodes:
+        if MARK in node.meta:
+            source: Any = node.args[0]
+            before, after = value_of(source), value_of(node)
+            yield Cast(
+                node.name, source.name, dtype_name(before.dtype), dtype_name(after.dtype), size_of(after, after.dtype),
+                node.meta[MARK], len(node.users), Place.of(node),
+            )  # fmt: skip

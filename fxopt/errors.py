@@ -1,0 +1,20 @@
+"""What a user's own mistake raises, and how a message about a name says which one may have been meant."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+
+from fxopt import compat
+
+__all__ = ["OptionError", "nearest"]
+
+
+class OptionError(compat.PassesThroughDynamo, ValueError):
+    """An option the user gave cannot be honoured; the message names the value and the way out."""
+
+
+def nearest(key: object, names: Sequence[str]) -> str:
+    """What to add to a message about `key`, which is none of `names`: the one that may have been meant."""
+    close = difflib.get_close_matches(str(key), names, n=1, cutoff=0.5)
+    return f" (did you mean {close[0]!r}?)" if close else ""

@@ -1,0 +1,167 @@
+"""Which operators compute in 16 bits and which in fp32: ``options={"precision": ...}``, parsed, and the table behind it.
+
+Three classes. "low": products, which are faster on 16-bit inputs and accumulate in fp32. "fp32": sums over many
+entries, losses and functions that lose their digits in 16 bits. "follow": all the rest computes in what it is given.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+import torch
+
+from fxopt.errors import OptionError, nearest
+
+__all__ = ["LOW_ARGUMENTS", "Policy", "matches", "operator_name"]
+
+Class = Literal["low", "fp32", "follow"]
+CLASSES: tuple[str, ...] = get_args(Class)
+
+DTYPES = {
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float32": torch.float32,
+    "half": torch.float16,
+}
+COMPUTE = ("bf16", "fp16")
+
+_LOW = """
+    linear matmul mm mv bmm addmm addmv addbmm baddbmm chain_matmul linalg_multi_dot einsum bilinear
+    conv1d conv2d conv3d convolution _convolution conv_tbc conv_transpose1d conv_transpose2d conv_transpose3d
+    scaled_dot_product_attention
+"""
+_FP32 = """
+    softmax _softmax special_softmax log_softmax _log_softmax special_log_softmax logsumexp
+    layer_norm native_layer_norm rms_norm group_norm native_group_norm instance_norm batch_norm native_batch_norm
+    _native_batch_norm_legit cosine_similarity
+    sum mean var std var_mean std_mean prod cumsum cumprod logcumsumexp trace nansum nanmean
+    norm linalg_norm linalg_vector_norm linalg_matrix_norm frobenius_norm nuclear_norm renorm dist cdist pdist
+    cross_entropy_loss nll_loss nll_loss_nd nll_loss2d mse_loss l1_loss smooth_l1_loss huber_loss kl_div
+    binary_cross_entropy binary_cross_entropy_with_logits soft_margin_loss multi_margin_loss multilabel_margin_loss
+    multilabel_soft_margin_loss hinge_embedding_loss margin_ranking_loss triplet_margin_loss cosine_embedding_loss
+    poisson_nll_loss gaussian_nll_loss ctc_loss
+    pow exp exp2 expm1 log log2 log10 log1p rsqrt sqrt reciprocal softplus logit erfinv
+    cos sin tan acos asin cosh sinh atan2
+"""
+TABLE: Mapping[str, Class] = {
+    **{f"aten::{name}": "low" for name in _LOW.split()},
+    **{f"aten::{name}": "fp32" for name in _FP32.split()},
+    "fxopt::attention": "low",
+    "fxopt::linear_cross_entropy": "low",
+}
+"""Operators by name, all overloads alike; what is not listed follows. As autocast has it on CUDA (torch/amp docs), and
+by its reasons for what autocast has no row for."""
+
+LOW_ARGUMENTS: Mapping[str, tuple[str, ...]] = {
+    "fxopt::attention": ("q", "k", "v"),
+    "fxopt::linear_cross_entropy": ("hidden", "weight", "bias"),
+    "aten::scaled_dot_product_attention": ("query", "key", "value"),
+}
+"""What of a "low" operator is cast, where that is not every floating tensor: ``finfo.min`` of an fp32 mask is -inf in
+bf16, and a row of them NaN."""
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What ``options={"precision": ...}`` asks for.
+
+    compute:   dtype of the "low" operators, bf16 or fp16.
+    residual:  dtype of the residual stream: fp32, or `compute`, which halves what its activations take.
+    keep_fp32: shell patterns of module paths ("lm_head", "*.router"), which keep the dtypes they have without a
+               precision; a pattern stands for the modules inside as well.
+    ops:       (operator, class) that override the table, as in ``{"aten.silu": "fp32"}``.
+    """
+
+    compute: torch.dtype
+    residual: torch.dtype = torch.float32
+    keep_fp32: tuple[str, ...] = ()
+    ops: tuple[tuple[str, Class], ...] = field(default=())
+
+    @classmethod
+    def parse(cls, given: Any) -> Policy | None:
+        """`given` as the option has it: None, "bf16", "fp16", or a dict of the fields. Raises `OptionError`."""
+        if given is None or isinstance(given, Policy):
+            return given
+        values = dict(given) if isinstance(given, Mapping) else {"compute": given}
+        known = ("compute", "residual", "keep_fp32", "ops")
+        for key in values:
+            if key not in known:
+                raise OptionError(f"option precision has no {key!r}{nearest(key, known)}. It has: {', '.join(known)}.")
+        if "compute" not in values:
+            raise OptionError("option precision says no 'compute': say {'compute': 'bf16', ...} or 'fp16'.")
+        compute = _dtype("compute", values["compute"], COMPUTE)
+        residual = _dtype("residual", values.get("residual", "fp32"), ("fp32", _name(compute)))
+        return cls(compute, residual, _patterns(values.get("keep_fp32", ())), _overrides(values.get("ops", {})))
+
+    def class_of(self, target: Any) -> Class:
+        """The class of operator `target`, an overload; of what is no operator: "follow"."""
+        name = operator_name(target)
+        return dict(self.ops).get(name) or TABLE.get(name, "follow")
+
+    def keeps(self, modules: Sequence[str]) -> str | None:
+        """The first pattern of `keep_fp32` that one of `modules`, paths, matches; None for none."""
+        return next((one for one in self.keep_fp32 if any(matches(one, path) for path in modules)), None)
+
+    def __str__(self) -> str:
+        """Words for a report."""
+        kept = f", {', '.join(self.keep_fp32)} kept" if self.keep_fp32 else ""
+        return f"{_name(self.compute)} (residual stream {_name(self.residual)}{kept})"
+
+
+def operator_name(target: Any) -> str:
+    """ "aten::linear" for any overload of it; "" for what is no operator."""
+    schema = getattr(target, "_schema", None)
+    return "" if schema is None else str(schema.name)
+
+
+def matches(pattern: str, path: str) -> bool:
+    """Whether module `path` or one it lies in is meant by `pattern`."""
+    return fnmatch.fnmatchcase(path, pattern) or fnmatch.fnmatchcase(path, f"{pattern}.*")
+
+
+def _name(dtype: torch.dtype) -> str:
+    return next(name for name, one in DTYPES.items() if one == dtype)
+
+
+def _dtype(key: str, given: Any, allowed: Sequence[str]) -> torch.dtype:
+    dtype = given if isinstance(given, torch.dtype) else DTYPES.get(str(given))
+    if dtype not in [DTYPES[name] for name in allowed]:
+        raise OptionError(f"option precision: {key}={given!r}{nearest(given, allowed)} is none of {', '.join(allowed)}.")
+    return dtype
+
+
+def _patterns(given: Any) -> tuple[str, ...]:
+    if isinstance(given, str) or not isinstance(given, list | tuple | set | frozenset):
+        raise OptionError(f"option precision: keep_fp32={given!r} must be a list of module paths, for example keep_fp32=[{given!r}].")
+    for one in given:
+        if not isinstance(one, str) or not one:
+            raise OptionError(f"option precision: keep_fp32 holds {one!r}, which is no module path such as 'lm_head' or '*.router'.")
+    return tuple(given)
+
+
+def _overrides(given: Any) -> tuple[tuple[str, Class], ...]:
+    if not isinstance(given, Mapping):
+        raise OptionError(f"option precision: ops={given!r} must be a dict from operator to class: {{'aten.silu': 'fp32'}}.")
+    found = []
+    for written, chosen in given.items():
+        if chosen not in CLASSES:
+            raise OptionError(f"option precision: ops: {written!r} is {chosen!r}{nearest(chosen, CLASSES)}, not low, fp32 or follow.")
+        found.append((_operator(str(written)), chosen))
+    return tuple(found)
+
+
+def _operator(written: str) -> str:
+    """ "aten::silu" from "aten.silu", "silu" or an overload's "aten.silu.default". Raises `OptionError`."""
+    parts = written.replace("::", ".").removeprefix("torch.ops.").split(".")
+    space, name = (parts[0], parts[1]) if len(parts) > 1 else ("aten", parts[0])
+    if not hasattr(getattr(torch.ops, space), name):
+        names = [one.split("::")[1] for one in TABLE] + dir(torch.ops.aten)
+        raise OptionError(f"option precision: ops: torch has no operator {space}.{name}{nearest(name, names)}.")
+    return f"{space}::{name}"
+
