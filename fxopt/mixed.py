@@ -248,7 +248,8 @@ class Mixed:
         if node.op == "placeholder" and self.given is not None:
             new.meta["val"] = next(self.given)
         elif node.target is operator.getitem:
-            new.meta["val"] = value_of(self.env[arguments(node)[0]])[arguments(node)[1]]
+            whole, index = fx.node.map_arg(new.args, value_of)
+            new.meta["val"] = whole[index]
         return self.put(node, new)
 
     def put(self, node: fx.Node, new: fx.Node) -> fx.Node:
