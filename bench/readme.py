@@ -1,7 +1,7 @@
 """Rewrite the README's measured table from the JSON of the last benchmark run.
 
-    python bench/readme.py           rewrite the text between the markers
-    python bench/readme.py --check   only say whether it is what the JSON says
+python bench/readme.py           rewrite the text between the markers
+python bench/readme.py --check   only say whether it is what the JSON says
 """
 
 import argparse

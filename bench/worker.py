@@ -12,6 +12,7 @@ import time
 from typing import Any
 
 import torch
+from backends import compile_as
 from cases import find
 from memory import peak_over_rest
 
@@ -24,7 +25,7 @@ class Trainer:
         self.backend = backend
         self.model = found.build()
         self.inputs = found.inputs()
-        self.run = self.model if backend == "eager" else torch.compile(self.model, backend=backend)
+        self.run = compile_as(self.model, backend)
 
     def step(self) -> torch.Tensor:
         """Run forward and backward once and return the loss."""
@@ -62,7 +63,7 @@ class Trainer:
 
     def report(self) -> dict[str, Any]:
         """Return what fxopt says it did: the verdict, the rules that fired and the seconds of its stages."""
-        if self.backend != "fxopt":
+        if not self.backend.startswith("fxopt"):
             return {}
         import fxopt
 

@@ -1,6 +1,6 @@
 """One backend's training run in a process of its own; started by compare.py, which reads its lines of JSON.
 
-    python examples/compare_one.py BACKEND LAYERS TOKENS_FILE
+python examples/compare_one.py BACKEND LAYERS TOKENS_FILE
 """
 
 import json

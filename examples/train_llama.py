@@ -19,9 +19,9 @@ VOCAB, BATCH, LENGTH = 16_000, 4, 256
 CACHE = Path(__file__).resolve().parent.parent / "out" / "demo"
 
 
-def make_model(layers: int) -> LlamaForCausalLM:
+def make_model(layers: int, seed: int = 0) -> LlamaForCausalLM:
     """Return a Llama with random weights, the same on every call."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=VOCAB,
         hidden_size=256,

@@ -1,4 +1,4 @@
-"""The pipeline: capture, rewrite, outputs, precision, compile. ``torch.compile(model, backend="fxopt", options={...})``."""
+"""The pipeline: capture, rewrite, outputs, precision, compile. What ``torch.compile(model, backend="fxopt")`` calls."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def defer(gm: fx.GraphModule, names: Sequence[str], stages: Stages) -> tuple[fx.
 
 
 def cast(gm: fx.GraphModule, stages: Stages) -> tuple[fx.GraphModule, contextlib.AbstractContextManager[None]]:
-    """Stage 4: explicit casts. Returns the graph and what it must be compiled within, since its casts are all there are."""
+    """Stage 4: explicit casts. Returns the graph and what to compile it within: its casts are all that there are."""
     policy = stages.options.precision
     assert policy is not None
     found = precision.apply(gm, policy)

@@ -38,6 +38,7 @@ __all__ = [
     "OpOverload",
     "PassesThroughDynamo",
     "TorchDispatchMode",
+    "aot_backend",
     "compile_graph",
     "decompose_when_functionalized",
     "disabled_torch_function",
@@ -128,6 +129,18 @@ def compile_graph(
     tagged = patched(torch.compiler.config, "cache_key_tag", tag)
     with lowering, _nothing_donated(), attention_patterns_off(), tagged:
         return compile_fx(gm, list(inputs), config_patches=dict(patches))  # type: ignore[return-value]
+
+
+def aot_backend(look: Callable[[fx.GraphModule], None]) -> Callable[..., Any]:
+    """A backend that runs graphs as AOTAutograd makes them, uncompiled, and shows `look` each joint graph."""
+    from torch._dynamo.backends.common import aot_autograd
+    from torch._functorch.partitioners import min_cut_rematerialization_partition
+
+    def partition(joint: fx.GraphModule, inputs: Any, **how: Any) -> Any:
+        look(joint)
+        return min_cut_rematerialization_partition(joint, inputs, **how)
+
+    return aot_autograd(fw_compiler=lambda gm, _: gm, partition_fn=partition)
 
 
 @contextlib.contextmanager

@@ -248,8 +248,7 @@ class Mixed:
         if node.op == "placeholder" and self.given is not None:
             new.meta["val"] = next(self.given)
         elif node.target is operator.getitem:
-            whole, index = fx.node.map_arg(new.args, value_of)
-            new.meta["val"] = whole[index]
+            new.meta["val"] = operator.getitem(*fx.node.map_arg(new.args, value_of))  # type: ignore[misc]
         return self.put(node, new)
 
     def put(self, node: fx.Node, new: fx.Node) -> fx.Node:

@@ -34,8 +34,9 @@ class Options:
               "aten" by ATen everywhere, "interpret" by the Triton kernels under Triton's interpreter, on a CPU and very
               slowly (``TRITON_INTERPRET=1`` must be set before Python starts).
     precision: None leaves every dtype as it is. "bf16" or "fp16" computes products in 16 bits and sums, norms, softmax
-              and losses in fp32, by explicit casts (docs/precision.md); ambient autocast is replaced. A dict says more:
-              {"compute": "bf16", "residual": "fp32", "keep_fp32": ["lm_head", "*.router"], "ops": {"aten.silu": "fp32"}}.
+              and losses in fp32, by explicit casts; ambient autocast is replaced. A dict says more: {"compute": "bf16",
+              "residual": "fp32", "keep_fp32": ["lm_head", "*.router"], "ops": {"aten.silu": "fp32"}}
+              (`fxopt.policy`, docs/precision.md).
     inductor: ``torch._inductor.config`` entries for this compilation, as ``torch.compile`` takes them.
     """
 
@@ -73,7 +74,8 @@ class Options:
     def cache_key(self) -> str:
         """What these options and the rules' versions add to the keys of torch's caches."""
         rules = " ".join(f"{rule.name}={rule.version}" for rule in self.active_rules())
-        return f"{rules} force={sorted(self.force)} logits={self.logits} kernels={self.kernels} precision={self.precision!r}"
+        computed = f"kernels={self.kernels} precision={self.precision!r}"
+        return f"{rules} force={sorted(self.force)} logits={self.logits} {computed}"
 
     def active_rules(self) -> list[Rule]:
         """The rules these options leave in force, in the order they run."""

@@ -1,4 +1,4 @@
-"""Which operators compute in 16 bits and which in fp32: ``options={"precision": ...}``, parsed, and the table behind it.
+"""Which operators compute in 16 bits and which in fp32: ``options={"precision": ...}``, parsed, and the table.
 
 Three classes. "low": products, which are faster on 16-bit inputs and accumulate in fp32. "fp32": sums over many
 entries, losses and functions that lose their digits in 16 bits. "follow": all the rest computes in what it is given.
@@ -132,26 +132,36 @@ def _name(dtype: torch.dtype) -> str:
 def _dtype(key: str, given: Any, allowed: Sequence[str]) -> torch.dtype:
     dtype = given if isinstance(given, torch.dtype) else DTYPES.get(str(given))
     if dtype not in [DTYPES[name] for name in allowed]:
-        raise OptionError(f"option precision: {key}={given!r}{nearest(given, allowed)} is none of {', '.join(allowed)}.")
+        raise OptionError(
+            f"option precision: {key}={given!r}{nearest(given, allowed)} is none of {', '.join(allowed)}."
+        )
     return dtype
 
 
 def _patterns(given: Any) -> tuple[str, ...]:
     if isinstance(given, str) or not isinstance(given, list | tuple | set | frozenset):
-        raise OptionError(f"option precision: keep_fp32={given!r} must be a list of module paths, for example keep_fp32=[{given!r}].")
+        raise OptionError(
+            f"option precision: keep_fp32={given!r} must be a list of module paths, for example keep_fp32=[{given!r}]."
+        )
     for one in given:
         if not isinstance(one, str) or not one:
-            raise OptionError(f"option precision: keep_fp32 holds {one!r}, which is no module path such as 'lm_head' or '*.router'.")
+            raise OptionError(
+                f"option precision: keep_fp32 holds {one!r}, which is no module path such as 'lm_head' or '*.router'."
+            )
     return tuple(given)
 
 
 def _overrides(given: Any) -> tuple[tuple[str, Class], ...]:
     if not isinstance(given, Mapping):
-        raise OptionError(f"option precision: ops={given!r} must be a dict from operator to class: {{'aten.silu': 'fp32'}}.")
+        raise OptionError(
+            f"option precision: ops={given!r} must be a dict from operator to class: {{'aten.silu': 'fp32'}}."
+        )
     found = []
     for written, chosen in given.items():
         if chosen not in CLASSES:
-            raise OptionError(f"option precision: ops: {written!r} is {chosen!r}{nearest(chosen, CLASSES)}, not low, fp32 or follow.")
+            raise OptionError(
+                f"option precision: ops: {written!r} is {chosen!r}{nearest(chosen, CLASSES)}, not low, fp32 or follow."
+            )
         found.append((_operator(str(written)), chosen))
     return tuple(found)
 
@@ -164,4 +174,3 @@ def _operator(written: str) -> str:
         names = [one.split("::")[1] for one in TABLE] + dir(torch.ops.aten)
         raise OptionError(f"option precision: ops: torch has no operator {space}.{name}{nearest(name, names)}.")
     return f"{space}::{name}"
-

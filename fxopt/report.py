@@ -133,14 +133,7 @@ def _tables(graph: GraphReport) -> Any:
                 table.add_row(refusal.rule, str(refusal.place), reasons if refusal is group[0] else "as above")
         yield table
     if graph.casts:
-        table = Table("from", "to", "casts", "MiB", "why", title="casts", title_justify="left", box=None, pad_edge=False)
-        groups: dict[tuple[str, str, str], list[Cast]] = collections.defaultdict(list)
-        for cast in graph.casts:
-            groups[cast.before, cast.after, cast.reason].append(cast)
-        for (before, after, reason), group in groups.items():
-            mib = sum(cast.bytes for cast in group) / 2**20
-            table.add_row(before, after, str(len(group)), f"{mib:.1f}", reason)
-        yield table
+        yield _table_of_casts(graph.casts)
     for name in graph.deferred:
         yield Text(f"deferred: {name} is computed when it is first read")
     for note in graph.notes:
@@ -149,6 +142,16 @@ def _tables(graph: GraphReport) -> Any:
         yield Text("time: " + ", ".join(f"{stage} {seconds:.2f} s" for stage, seconds in graph.timings.items()))
     for file in graph.files:
         yield Text(f"wrote {file}")
+
+
+def _table_of_casts(casts: list[Cast]) -> Table:
+    groups: dict[tuple[str, str, str], list[Cast]] = collections.defaultdict(list)
+    for cast in casts:
+        groups[cast.before, cast.after, cast.reason].append(cast)
+    table = Table("from", "to", "casts", "MiB", "why", title="casts", title_justify="left", box=None, pad_edge=False)
+    for (before, after, reason), group in groups.items():
+        table.add_row(before, after, str(len(group)), f"{sum(cast.bytes for cast in group) / 2**20:.1f}", reason)
+    return table
 
 
 def _grouped(refusals: list[Refusal]) -> dict[str, list[Refusal]]:

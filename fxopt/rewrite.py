@@ -18,7 +18,20 @@ from fxopt import compat, verify
 from fxopt.fake import ambient_state, arguments, propagate, value_of
 from fxopt.legality import illegal, place_of
 from fxopt.match import find_pattern
-from fxopt.rule import MODULES, Cost, NoSite, Pattern, Place, Refusal, Region, Rewrite, Rule, Site, module_path, provenance_of
+from fxopt.rule import (
+    MODULES,
+    Cost,
+    NoSite,
+    Pattern,
+    Place,
+    Refusal,
+    Region,
+    Rewrite,
+    Rule,
+    Site,
+    module_path,
+    provenance_of,
+)
 from fxopt.score.reader import OUTSIDE
 from fxopt.sharing import share
 

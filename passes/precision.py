@@ -90,4 +90,6 @@ def check_patterns(policy: Policy, paths: set[str]) -> None:
     for pattern in policy.keep_fp32:
         if not any(matches(pattern, path) for path in known):
             some = ", ".join(known[:8]) + (", ..." if len(known) > 8 else "")
-            raise OptionError(f"option precision: keep_fp32={pattern!r} matches no module of the model, which has {some}")
+            raise OptionError(
+                f"option precision: keep_fp32={pattern!r} matches no module of the model, which has {some}"
+            )

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-
 from fxopt.ops.loss_costs import recomputes
 from fxopt.ops.loss_spec import Wanted
 
@@ -27,4 +26,3 @@ def _of_loss(given: Mapping[str, Any]) -> dict[str, Any]:
 
 CONSTANTS: Mapping[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {"fxopt::linear_cross_entropy": _of_loss}
 """From the arguments by name, tensors as fake values of their new dtypes: the constants that follow from these."""
-

@@ -1,0 +1,39 @@
+"""Models of six families, small enough for a second a step and large enough that casts have bytes."""
+
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+VOCABULARY, BATCH, LENGTH = 2_000, 4, 128
+_DECODER: dict[str, Any] = {
+    "vocab_size": VOCABULARY, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": LENGTH,
+    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+_CAUSAL, _MASKED, _PAIRS = (
+    transformers.AutoModelForCausalLM,
+    transformers.AutoModelForMaskedLM,
+    transformers.AutoModelForSeq2SeqLM,
+)
+MODELS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "llama": (_CAUSAL, _DECODER),
+    "qwen3": (_CAUSAL, _DECODER),
+    "gemma2": (_CAUSAL, {**_DECODER, "query_pre_attn_scalar": 32, "sliding_window": 64}),
+    "gpt2": (_CAUSAL, {"vocab_size": VOCABULARY, "n_embd": 128, "n_layer": 4, "n_head": 4, "n_positions": LENGTH,
+                       "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}),
+    "bert": (_MASKED, {**_DECODER, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}),
+    "t5": (_PAIRS, {"vocab_size": VOCABULARY, "d_model": 128, "d_kv": 32, "d_ff": 256, "num_layers": 2, "num_heads": 4,
+                    "dropout_rate": 0.0, "decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 2}),
+}  # fmt: skip
+
+
+def build(name: str, seed: int = 0) -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    """Return a model in train mode with random weights, no dropout, and a batch of random tokens with labels."""
+    kind, settings = MODELS[name]
+    config = transformers.AutoConfig.for_model(name, **{"attention_dropout": 0.0, "use_cache": False, **settings})
+    config._attn_implementation = "eager" if name in ("gemma2", "t5") else "sdpa"
+    torch.manual_seed(seed)
+    tokens = torch.randint(3, VOCABULARY, (BATCH, LENGTH))
+    return kind.from_config(config).train(), {"input_ids": tokens, "labels": tokens.clone()}
