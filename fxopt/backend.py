@@ -115,7 +115,7 @@ def cast(gm: fx.GraphModule, stages: Stages) -> tuple[fx.GraphModule, contextlib
     policy = stages.options.precision
     assert policy is not None
     found = precision.apply(gm, policy)
-    precision.check_patterns(policy, found.paths)
+    precision.check_patterns(policy, found.paths, compat.ends_in_break(stages.gm))
     stages.report.casts = found.casts
     stages.report.notes += [found.note, *(f"{name} stays in fp32: {reason}" for name, reason in found.kept)]
     return found.module, without_autocast()

@@ -17,7 +17,7 @@ from fxopt.effects import storages_of
 from fxopt.fake import value_of
 from fxopt.rule import Place, provenance_of
 
-__all__ = ["MARK", "VIEWS", "Cast", "Casts", "casts_of", "is_float"]
+__all__ = ["MARK", "VIEWS", "Cast", "Casts", "casts_of", "dtype_name", "is_float"]
 
 aten = torch.ops.aten
 

@@ -42,6 +42,7 @@ __all__ = [
     "compile_graph",
     "decompose_when_functionalized",
     "disabled_torch_function",
+    "ends_in_break",
     "fake_mode_of",
     "forbid_data_pointer",
     "guard_or_false",
@@ -73,6 +74,11 @@ STATE_SWITCHES: frozenset[Any] = frozenset({_set_grad_enabled, ENTER_AUTOCAST, E
 
 DYNAMO_CONTROL = (RestartAnalysis, ShortenTraceback, SkipFrame)
 """Exceptions by which a backend and Dynamo talk; they are no failures."""
+
+
+def ends_in_break(gm: fx.GraphModule) -> bool:
+    """Whether Dynamo cut the graph here, so that others of the same model will follow."""
+    return bool(getattr(getattr(gm, "compile_subgraph_reason", None), "graph_break", False))
 
 
 def fake_mode_of(values: Any) -> FakeTensorMode | None:

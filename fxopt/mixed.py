@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from fxopt import compat
-from fxopt.casts import MARK, VIEWS, Casts, is_float
+from fxopt.casts import MARK, VIEWS, Casts, dtype_name, is_float
 from fxopt.effects import mutated_storages, mutates, storages_of
 from fxopt.fake import arguments, bound_arguments, value_of
 from fxopt.ops.recast import ALIKE, CONSTANTS
@@ -147,7 +147,7 @@ class Mixed:
         devices = {value_of(one).device.type for one in operands}
         name, dtype = operator_name(node.target), self.policy.compute
         if devices == {"cpu"} and lacks(name, dtype):
-            return f"this CPU has no {name} in {str(dtype).removeprefix('torch.')}"
+            return f"this CPU has no {name} in {dtype_name(dtype)}"
         return ""
 
     def low_operands(self, node: fx.Node) -> list[fx.Node]:
@@ -177,6 +177,10 @@ class Mixed:
         """An operator in the dtypes it is given; in fp32 where 16 bits would change what it says."""
         if node.target is aten.to.dtype and self.is_idle(node):
             self.env[node] = self.env[arguments(node)[0]]
+            return
+        if node.target is aten.to.dtype and "rule" in node.meta and is_float(value_of(arguments(node)[0])):
+            reason = f"{node.meta['rule']} computes in {dtype_name(value_of(node).dtype)}"
+            self.env[node] = self.cast(arguments(node)[0], value_of(node).dtype, node, reason)
             return
         floats = [one for one in node.all_input_nodes if is_float(value_of(self.env[one]))]
         narrow = [one for one in floats if value_of(self.env[one]).dtype != torch.float32]
@@ -248,7 +252,7 @@ class Mixed:
         if node.op == "placeholder" and self.given is not None:
             new.meta["val"] = next(self.given)
         elif node.target is operator.getitem:
-            new.meta["val"] = operator.getitem(*fx.node.map_arg(new.args, value_of))  # type: ignore[misc]
+            new.meta["val"] = operator.getitem(*fx.node.map_arg(new.args, value_of))
         return self.put(node, new)
 
     def put(self, node: fx.Node, new: fx.Node) -> fx.Node:

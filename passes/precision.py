@@ -84,9 +84,17 @@ def _round_in_operators(gm: fx.GraphModule) -> None:
                 gm.graph.erase_node(cast)
 
 
-def check_patterns(policy: Policy, paths: set[str]) -> None:
-    """Raise `OptionError` for a pattern of ``keep_fp32`` that none of the module `paths` matches."""
-    known = sorted(path for path in paths if path)
+_EARLIER: set[str] = set()
+"""Module paths of the graphs of a model so far, while more are to come."""
+
+
+def check_patterns(policy: Policy, paths: set[str], more_to_come: bool) -> None:
+    """Raise `OptionError` for a pattern of ``keep_fp32`` that no module matches, once all graphs of a model are seen."""
+    _EARLIER.update(paths)
+    if more_to_come:
+        return
+    known = sorted(path for path in _EARLIER if path)
+    _EARLIER.clear()
     for pattern in policy.keep_fp32:
         if not any(matches(pattern, path) for path in known):
             some = ", ".join(known[:8]) + (", ..." if len(known) > 8 else "")

@@ -1,0 +1,567 @@
+"""Mixed precision by explicit casts: what the policy says, where casts stand, and errors against fp64 and autocast."""
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import models
+import pytest
+import torch
+import torch.nn.functional as F
+from harness import _aot_eager
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, fx, nn
+
+import fxopt
+from fxopt import OptionError, Options, compat
+from fxopt import backend as pipeline
+from fxopt.capture import trace
+from fxopt.casts import MARK
+from fxopt.fake import bound_arguments, value_of
+from fxopt.ops import support
+from fxopt.passes import precision
+from fxopt.policy import LOW_ARGUMENTS, Policy, matches, operator_name
+from fxopt.report import GraphReport, Report
+from fxopt.rewrite import submodules
+from fxopt.testing import compare, step, truth
+
+pytestmark = pytest.mark.filterwarnings("error::fxopt.FxoptWarning")
+aten = torch.ops.aten
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+LOW = (BF16, FP16)
+
+
+class Stages:
+    """A backend: fxopt's stages, then AOTAutograd without Inductor. Keeps reports and the graphs that are compiled."""
+
+    def __init__(self, given: Any = "bf16", **more: Any) -> None:
+        self.options = Options.parse({"precision": given, **more})
+        self.reports: list[GraphReport] = []
+        self.graphs: list[fx.GraphModule] = []
+
+    def __call__(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        def compiler(graph: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+            self.graphs.append(graph)
+            return _aot_eager(graph, inputs)
+
+        report, call = pipeline.run(gm, inputs, self.options, compiler)
+        self.reports.append(report)
+        return call
+
+    @property
+    def report(self) -> Report:
+        return Report(self.reports)
+
+    def nodes(self, *targets: Any) -> list[fx.Node]:
+        """The nodes of all graphs, bodies included, that call one of `targets`."""
+        graphs = [one.graph for graph in self.graphs for one in submodules(graph)]
+        return [node for graph in graphs for node in graph.nodes if node.target in targets]
+
+
+def autocast() -> Any:
+    return torch.autocast("cpu", BF16)
+
+
+def run(function: Any, *inputs: Any, given: Any = "bf16", **named: Any) -> tuple[Any, Stages]:
+    """What `function`, compiled by `Stages`, returns, and the stages."""
+    stages = Stages(given)
+    return torch.compile(function, backend=stages)(*inputs, **named), stages
+
+
+def dtypes_in(node: fx.Node) -> list[torch.dtype]:
+    return [value_of(one).dtype for one in node.all_input_nodes if isinstance(value_of(one), Tensor)]
+
+
+# --- models ------------------------------------------------------------------------------------------------------
+
+
+def check_model(family: str, given: Any = "bf16", context: Any = None, **changes: Any) -> Stages:
+    """One step must be as near to fp64 as eager's under autocast."""
+    model, inputs = models.build(family, **changes)
+    stages, how = Stages(given), {} if context is None else {"context": context}
+    ours = step(torch.compile(model, backend=stages), inputs, parameters=model, **how)
+    eager = step(model, inputs, context=autocast)
+    compare(ours, eager, truth(model, inputs)).check()
+    assert stages.report.casts
+    return stages
+
+
+@pytest.mark.parametrize("family", models.FAMILIES)
+def test_models_are_as_near_to_fp64_as_under_autocast(family: str) -> None:
+    stages = check_model(family)
+    for node in stages.nodes(aten.linear.default, aten.scaled_dot_product_attention.default):
+        assert set(dtypes_in(node)[:2]) == {BF16}, node
+
+
+def test_the_loss_is_fused_and_in_fp32() -> None:
+    stages = check_model("llama")
+    (node,) = stages.nodes(torch.ops.fxopt.linear_cross_entropy.default)
+    assert dtypes_in(node)[:2] == [BF16, BF16]
+    assert value_of(node)[0].dtype == FP32
+
+
+def test_an_ambient_autocast_is_replaced() -> None:
+    """The same model, the same casts, whether or not autocast is on; nothing is cast a second time."""
+    plain, ambient = check_model("qwen2"), check_model("qwen2", context=autocast)
+    assert [cast.bytes for cast in ambient.report.casts] == [cast.bytes for cast in plain.report.casts]
+    assert not any("Autocast" in str(node.target) for node in ambient.nodes())
+
+
+def test_checkpointed_layers_take_weights_that_are_cast_outside() -> None:
+    model, inputs = models.build("llama")
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    stages = Stages()
+    ours = step(torch.compile(model, backend=stages), inputs, parameters=model)
+    compare(ours, step(model, inputs, context=autocast), truth(model, inputs)).check()
+    (graph,) = stages.graphs
+    bodies = [body for body in submodules(graph) if body is not graph]
+    assert len(bodies) == 2
+    for body in bodies:
+        linears = [node for node in body.graph.nodes if node.target is aten.linear.default]
+        assert len(linears) == 7
+        for node in linears:
+            assert node.args[1].op == "placeholder"
+            assert value_of(node.args[1]).dtype == BF16
+    outside = [node for node in graph.graph.nodes if MARK in node.meta and node.args[0].op == "placeholder"]
+    assert len(outside) == 2 * 7 + 1
+
+
+def test_a_model_of_16_bits_is_cast_for_nothing_but_sums() -> None:
+    model, inputs = models.build("llama", dtype=BF16)
+    stages = Stages()
+    ours = step(torch.compile(model, backend=stages), inputs, parameters=model)
+    compare(ours, step(model, inputs), truth(model, inputs)).check()
+    assert not [cast for cast in stages.report.casts if cast.after == "bfloat16" and "computes in 16" in cast.reason]
+    for node in stages.nodes(aten.pow.Tensor_Scalar, aten.mean.dim, aten.rsqrt.default):
+        assert dtypes_in(node) == [FP32]
+
+
+def test_a_frozen_base_with_lora_gets_gradients_of_the_parameters_dtype() -> None:
+    class Lora(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.base = nn.Linear(16, 16, bias=False).requires_grad_(False)
+            self.down, self.up = nn.Linear(16, 4, bias=False), nn.Linear(4, 16, bias=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return (self.base(x) + self.up(self.down(x)) * 2.0).square().mean()
+
+    torch.manual_seed(0)
+    model, x = Lora(), torch.randn(5, 16)
+    loss, stages = run(model, x)
+    loss.backward()
+    assert loss.dtype == FP32
+    assert model.base.weight.grad is None
+    for weight in (model.down.weight, model.up.weight):
+        assert weight.grad is not None
+        assert weight.grad.dtype == FP32
+    sources = [cast.source for cast in stages.report.casts if cast.after == "bfloat16"]
+    assert len(sources) == len(set(sources)) == 4  # x once for two readers, and three weights
+
+
+def test_tied_weights_are_cast_once() -> None:
+    """The embedding reads the parameter, the head its one copy; the gradient is one, in fp32."""
+    model, inputs = models.build("llama", tie_word_embeddings=True)
+    stages = Stages()
+    ours = step(torch.compile(model, backend=stages), inputs, parameters=model)
+    compare(ours, step(model, inputs, context=autocast), truth(model, inputs)).check()
+    (embedding,) = stages.nodes(aten.embedding.default)
+    assert dtypes_in(embedding)[0] == FP32
+    assert len([cast for cast in stages.report.casts if cast.source == embedding.args[0].name]) == 1
+
+
+def test_scaled_fp16_training_skips_an_overflow() -> None:
+    """GradScaler sees the infinite gradient of a scale that is too large, skips, and the next steps train."""
+    model, inputs = models.build("llama", num_hidden_layers=1)
+    twin = copy.deepcopy(model)
+    call = torch.compile(model, backend=Stages("fp16"))
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40, backoff_factor=2.0**-25, growth_interval=1_000)
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+    losses = []
+    for _ in range(4):
+        sgd.zero_grad()
+        loss = call(**inputs).loss
+        assert loss.dtype == FP32
+        scaler.scale(loss).backward()
+        scaler.step(sgd)
+        scaler.update()
+        losses.append(loss.item())
+    assert losses[1] == losses[0]  # the first step was skipped
+    assert losses[3] < losses[0] - 0.1
+    assert scaler.get_scale() == 2.0**15
+    expected = step(twin, inputs)
+    assert abs(losses[0] - float(expected.loss)) < 2e-3 * losses[0]
+
+
+def test_inference_graphs() -> None:
+    model, inputs = models.build("qwen3")
+    with torch.no_grad():
+        logits = run(model.eval(), **inputs)[0].logits
+        eager = model(**inputs).logits
+        with autocast():
+            near = model(**inputs).logits.float()
+    assert logits.dtype == FP32
+    assert float((logits - eager).norm()) <= 2 * float((near - eager).norm())
+
+
+# --- the policy --------------------------------------------------------------------------------------------------
+
+
+def test_modules_are_kept_by_path() -> None:
+    """The head's products stay in fp32, also inside the fused loss; other modules are as before."""
+    stages = check_model("llama", {"compute": "bf16", "keep_fp32": ["lm_head", "*.gate_proj"]})
+    (loss,) = stages.nodes(torch.ops.fxopt.linear_cross_entropy.default)
+    assert dtypes_in(loss)[:2] == [FP32, FP32]
+    linears = stages.nodes(aten.linear.default)
+    assert sorted(str(dtypes_in(node)[1]) for node in linears) == ["torch.bfloat16"] * 12 + ["torch.float32"] * 2
+    assert any("keep_fp32 has 'lm_head'" in note for note in stages.report.notes)
+
+
+def test_the_residual_stream_in_16_bits() -> None:
+    wide, narrow = check_model("llama"), check_model("llama", {"compute": "bf16", "residual": "bf16"})
+
+    def streams(stages: Stages) -> set[torch.dtype]:
+        shape = (models.BATCH, models.SEQ, 64)
+        sums = [node for node in stages.nodes(aten.add.Tensor) if tuple(value_of(node).shape) == shape]
+        assert len(sums) == 4
+        return {value_of(node).dtype for node in sums}
+
+    assert streams(wide) == {FP32}
+    assert streams(narrow) == {BF16}
+    for node in narrow.nodes(aten.pow.Tensor_Scalar):
+        assert dtypes_in(node) == [FP32]
+
+
+def test_operators_are_overridden() -> None:
+    stages = check_model("llama", {"compute": "bf16", "ops": {"aten.silu": "fp32", "linear": "fp32"}})
+    for node in stages.nodes(aten.silu.default, aten.linear.default):
+        assert set(dtypes_in(node)) == {FP32}
+    (first, *_) = stages.nodes(torch.ops.fxopt.attention.default)
+    assert dtypes_in(first)[:3] == [BF16] * 3
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("bf17", "compute='bf17' .did you mean 'bf16'.. is none of bf16, fp16"),
+        ("fp32", "compute='fp32'"),
+        ({"residual": "bf16"}, "says no 'compute'"),
+        ({"compute": "bf16", "residual": "fp16"}, "residual='fp16'.* is none of fp32, bf16"),
+        ({"compute": "bf16", "keep": []}, "has no 'keep'"),
+        ({"compute": "bf16", "keep_fp32": "lm_head"}, r"must be a list of module paths, .*keep_fp32=\['lm_head'\]"),
+        ({"compute": "bf16", "keep_fp32": [3]}, "holds 3, which is no module path"),
+        ({"compute": "bf16", "ops": {"aten.siluu": "fp32"}}, "no operator aten.siluu .did you mean 'silu'"),
+        ({"compute": "bf16", "ops": {"silu": "high"}}, "'silu' is 'high'.*, not low, fp32 or follow"),
+        ({"compute": "bf16", "ops": ["silu"]}, "must be a dict from operator to class"),
+    ],
+)
+def test_bad_precision_is_named(given: Any, message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        Options.parse({"precision": given})
+
+
+def test_a_pattern_that_matches_nothing_is_an_error_before_the_step() -> None:
+    model, inputs = models.build("llama", num_hidden_layers=1)
+    options = {"precision": {"compute": "bf16", "keep_fp32": ["lm_haed"]}}
+    with pytest.raises(OptionError, match="keep_fp32='lm_haed' matches no module of the model, which has lm_head"):
+        torch.compile(model, backend="fxopt", options=options)(**inputs)
+
+
+def test_patterns_are_looked_for_in_every_graph_of_a_model() -> None:
+    class Broken(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.first(x)
+            torch._dynamo.graph_break()
+            return self.second(x)
+
+    _, stages = run(Broken(), torch.randn(3, 8), given={"compute": "bf16", "keep_fp32": ["second"]})
+    first, second = stages.nodes(aten.linear.default)
+    assert dtypes_in(first)[1] == BF16
+    assert dtypes_in(second)[1] == FP32
+
+
+def test_patterns() -> None:
+    assert matches("lm_head", "lm_head")
+    assert matches("lm_head", "lm_head.inner")
+    assert matches("*.router", "model.layers.0.mlp.router")
+    assert not matches("*.router", "model.layers.0.mlp.router_norm")
+
+
+# --- where casts stand -------------------------------------------------------------------------------------------
+
+
+def apply(function: Callable[..., Any], given: Any = "bf16", **inputs: Any) -> precision.Precision:
+    policy = Policy.parse(given)
+    assert policy is not None
+    return precision.apply(trace(function, inputs), policy)
+
+
+def calls(found: precision.Precision) -> list[str]:
+    return [str(node.target) for node in found.module.graph.nodes if node.op == "call_function"]
+
+
+def test_a_cast_goes_above_what_repeats_a_tensor() -> None:
+    def repeated(x: Tensor, w: Tensor) -> Tensor:
+        return x[:, None].expand(-1, 4, -1).reshape(-1, 8) @ w
+
+    found = apply(repeated, x=torch.randn(3, 8), w=torch.randn(8, 5))
+    assert {cast.source: cast.bytes for cast in found.casts if cast.after == "bfloat16"} == {"arg0_1": 48, "arg1_1": 80}
+
+
+def test_a_cast_stays_below_what_takes_a_part() -> None:
+    found = apply(lambda x, w: x[:, :2] @ w, x=torch.randn(3, 8), w=torch.randn(2, 5))
+    assert sorted(cast.bytes for cast in found.casts if cast.after == "bfloat16") == [12, 20]
+
+
+def test_only_exact_pairs_of_casts_go() -> None:
+    """bf16 -> fp32 -> bf16 is nothing; fp32 -> bf16 -> fp32 rounds, and stays."""
+
+    def widened(x: Tensor, w: Tensor) -> Tensor:
+        return x.float() @ w
+
+    found = apply(widened, x=torch.randn(3, 8, dtype=BF16), w=torch.randn(8, 5, dtype=BF16).float())
+    assert [cast.source for cast in found.casts if cast.after == "bfloat16"] == ["arg1_1"]
+    rounded = apply(lambda x: x.bfloat16().float().sum(), x=torch.randn(3, 8))
+    assert calls(rounded).count("aten.to.dtype") == 2
+    assert not rounded.casts
+
+
+def test_what_is_written_to_in_place_is_left_alone() -> None:
+    def written(x: Tensor, w: Tensor, buffer: Tensor) -> Tensor:
+        buffer.add_(x @ w)
+        return buffer @ w
+
+    x, w, buffer = torch.randn(3, 4), torch.randn(4, 4), torch.zeros(3, 4)
+    ours, theirs = buffer.clone(), buffer.clone()
+    found, _ = run(written, x, w, ours)
+    with autocast():
+        expected = written(x, w, theirs)
+    assert ours.dtype == found.dtype == FP32
+    torch.testing.assert_close(ours, theirs, rtol=2**-7, atol=2**-7)
+    torch.testing.assert_close(found, expected.float(), rtol=2**-6, atol=2**-6)
+
+
+def test_positions_are_not_rounded() -> None:
+    """A rotary table by a product, as older transformers make it: position 4095 is 4096 in bf16."""
+
+    def table(inv_freq: Tensor, ids: Tensor) -> Tensor:
+        return (inv_freq[None, :, None].expand(1, -1, 1) @ ids[:, None, :].float()).transpose(1, 2).cos()
+
+    inv_freq, ids = torch.rand(4), torch.arange(4090, 4096)[None]
+    found, stages = run(table, inv_freq, ids)
+    assert torch.equal(found, table(inv_freq, ids))
+    assert any("holds whole numbers" in note for note in stages.report.notes)
+
+
+def test_a_constant_beyond_16_bits_is_met_in_fp32() -> None:
+    """Scores from a product, masked by ``finfo.min`` of fp32: in 16 bits that is -inf, and a row of them NaN."""
+
+    def masked(x: Tensor, keep: Tensor) -> Tensor:
+        return (x @ x.mT).masked_fill(~keep, torch.finfo(FP32).min).softmax(-1)
+
+    keep = torch.ones(4, 4, dtype=torch.bool).tril()
+    keep[2] = False
+    found, _ = run(masked, torch.randn(4, 8), keep)
+    torch.testing.assert_close(found[2], torch.full((4,), 0.25))
+    scalar = torch.tensor(torch.finfo(FP32).min)
+    found, _ = run(lambda x, low: torch.where(keep, x @ x.mT, low).softmax(-1), torch.randn(4, 8), scalar)
+    torch.testing.assert_close(found[2], torch.full((4,), 0.25))
+
+
+def test_a_region_without_autocast_keeps_its_dtypes() -> None:
+    def mixed(x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        low = x @ w
+        with torch.autocast("cpu", enabled=False):
+            high = low.float() @ w
+        return low @ w, high
+
+    for ambient in (False, True):
+        torch.compiler.reset()
+        with torch.autocast("cpu", BF16, enabled=ambient):
+            _, stages = run(mixed, torch.randn(3, 8), torch.randn(8, 8))
+        assert [set(dtypes_in(node)) for node in stages.nodes(aten.matmul.default)] == [{BF16}, {FP32}, {BF16}]
+
+
+def test_fp64_integer_and_complex_graphs_are_untouched() -> None:
+    for x in (torch.randn(3, 3, dtype=torch.float64), torch.ones(3, 3, dtype=torch.int64), torch.randn(3, 3) * 1j):
+        found = apply(lambda x: x @ x + 1, x=x)
+        assert not found.casts
+        assert calls(found) == ["aten.matmul.default", "aten.add.Tensor"]
+
+
+def test_without_a_precision_there_is_no_stage() -> None:
+    model, inputs = models.build("llama", num_hidden_layers=1)
+    stages = Stages(None)
+    torch.compile(model, backend=stages)(**inputs)
+    assert "precision" not in stages.reports[0].timings
+    assert not stages.report.casts
+    assert {value_of(node).dtype for node in stages.nodes(aten.linear.default)} == {FP32}
+
+
+def test_a_product_that_the_cpu_does_not_have_stays_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(make: Any) -> Tensor:
+        raise RuntimeError('"bmm" not implemented for Half')
+
+    monkeypatch.setitem(support._PRODUCTS, "aten::bmm", fails)
+    support.lacks.cache_clear()
+    found = apply(lambda x: x.bmm(x) + x @ x, "fp16", x=torch.randn(2, 3, 3))
+    support.lacks.cache_clear()
+    dtypes = {str(node.target): dtypes_in(node) for node in found.module.graph.nodes if len(node.all_input_nodes) > 0}
+    assert set(dtypes["aten.bmm.default"]) == {FP32}
+    assert set(dtypes["aten.matmul.default"]) == {FP16}
+    assert "this CPU has no aten::bmm in float16" in found.kept[0][1]
+
+
+@pytest.mark.parametrize("name", support._PRODUCTS)
+def test_every_product_can_be_asked_for(name: str) -> None:
+    """In fp32 every one works, so that what fails in 16 bits fails for its dtype."""
+    assert not support.lacks(name, FP32)
+
+
+def test_symbolic_sizes() -> None:
+    layer = nn.Linear(8, 8)
+    stages = Stages()
+    call = torch.compile(layer, backend=stages, dynamic=True)
+    for rows in (3, 5):
+        assert call(torch.randn(rows, 8)).shape == (rows, 8)
+    assert len(stages.graphs) == 1
+    assert all(isinstance(cast.bytes, int) for cast in stages.report.casts)
+
+
+def test_a_failure_leaves_the_graph_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any) -> Any:
+        raise ZeroDivisionError("on purpose")
+
+    monkeypatch.setattr(precision, "apply", broken)
+    layer, x = nn.Linear(4, 4), torch.randn(2, 4)
+    with pytest.warns(fxopt.FxoptWarning, match="stage precision"):
+        found, _ = run(layer, x)
+    assert torch.equal(found, layer(x))
+
+
+# --- the report --------------------------------------------------------------------------------------------------
+
+
+def test_the_report_says_why_and_how_much() -> None:
+    stages = check_model("llama")
+    report = stages.report
+    assert Report.from_json(report.to_json()).to_json() == report.to_json()
+    head = next(cast for cast in report.casts if "lm_head" in cast.source)
+    assert (head.before, head.after, head.bytes) == ("float32", "bfloat16", models.VOCAB * 64 * 2)
+    assert head.reason == "fxopt::linear_cross_entropy computes in 16 bits"
+    query = next(cast for cast in report.casts if "q_proj" in cast.source)
+    assert query.place.module == "model.layers.0.self_attn.q_proj"
+    text = str(report)
+    assert "aten::linear computes in 16 bits" in text
+    assert "one a use, as autocast makes them" in text
+
+
+# --- laws --------------------------------------------------------------------------------------------------------
+
+_STEPS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "linear": lambda x, y, w: F.linear(x, w),
+    "matmul": lambda x, y, w: x @ w.t(),
+    "scores": lambda x, y, w: (x @ y.mT / 4).softmax(-1) @ y,
+    "sdpa": lambda x, y, w: F.scaled_dot_product_attention(x[:, None], y[:, None], x[:, None])[:, 0],
+    "baddbmm": lambda x, y, w: torch.baddbmm(x, x @ y.mT, y, alpha=0.1),
+    "silu": lambda x, y, w: F.silu(x),
+    "gelu": lambda x, y, w: F.gelu(x) * y,
+    "add": lambda x, y, w: x + y,
+    "scaled": lambda x, y, w: x * 0.5 + w[0],
+    "rms": lambda x, y, w: x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-3) * w[1],
+    "layer_norm": lambda x, y, w: F.layer_norm(x, x.shape[-1:], w[0], w[1]),
+    "softmax": lambda x, y, w: x.softmax(-1) * y,
+    "logs": lambda x, y, w: x.log_softmax(-1) / 8,
+    "moved": lambda x, y, w: x.transpose(0, 1).contiguous().transpose(0, 1),
+    "halves": lambda x, y, w: torch.cat([-x[..., 4:], x[..., :4]], -1) * y,
+    "sum": lambda x, y, w: x - y.sum(-1, keepdim=True) / 8,
+    "masked": lambda x, y, w: x.masked_fill(x > 1.0, -1e39 if x.dtype == torch.float64 else -3e38).clamp(min=-2.0),
+    "where": lambda x, y, w: torch.where(x > 0, x, y * 0.1),
+    "split": lambda x, y, w: torch.cat(x.split(4, -1)[::-1], -1),
+    "half": lambda x, y, w: x.bfloat16().to(x.dtype),
+    "unbound": lambda x, y, w: torch.stack(x.unbind(1), 1),
+}
+
+
+def program(names: Sequence[str]) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The steps one after the other; each second value is that of two steps ago."""
+
+    def computed(x: Tensor, w: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        before = x
+        for at, name in enumerate(names):
+            before, x = x, _STEPS[name](x, before, w if at % 2 else v)
+        return x, x.square().mean()
+
+    return computed
+
+
+def inputs(seed: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    torch.manual_seed(seed)
+    x, w, v = torch.randn(2, 5, 8), torch.randn(8, 8) / 3, torch.randn(8, 8) / 3
+    return {name: one.to(dtype).requires_grad_() for name, one in {"x": x, "w": w, "v": v}.items()}
+
+
+programs = st.lists(st.sampled_from(sorted(_STEPS)), min_size=1, max_size=7)
+policies = st.sampled_from(
+    ["bf16", "fp16", {"compute": "bf16", "residual": "bf16"}, {"compute": "bf16", "ops": {"silu": "fp32"}}]
+)
+
+
+@settings(max_examples=60)
+@given(names=programs, given_policy=policies, dtype=st.sampled_from([FP32, FP32, BF16]))
+def test_law_of_dtypes(names: list[str], given_policy: Any, dtype: torch.dtype) -> None:
+    """Outputs keep their dtype; products get 16 bits and sums fp32; 16 bits come from products, casts or 16 bits;
+    a second pass changes nothing."""
+    policy = Policy.parse(given_policy)
+    assert policy is not None
+    graph = trace(program(names), inputs(0, dtype))
+    found = precision.apply(graph, policy)
+    kept = {name for name, _ in found.kept}
+    for node in found.module.graph.nodes:
+        if node.op != "call_function" or not isinstance(node.target, compat.OpOverload) or node.name in kept:
+            continue
+        chosen, floats = policy.class_of(node.target), [one for one in dtypes_in(node) if one.is_floating_point]
+        if chosen == "fp32":
+            assert not set(floats) & set(LOW), (node.target, floats)
+        elif chosen == "low":
+            named = LOW_ARGUMENTS.get(operator_name(node.target))
+            operands = [value_of(one) for name, one in bound_arguments(node).items() if named is None or name in named]
+            assert {one.dtype for one in operands if isinstance(one, Tensor)} <= set(LOW), node.target
+        elif any(
+            value.dtype in LOW for value in compat.pytree.tree_leaves(value_of(node)) if isinstance(value, Tensor)
+        ):
+            assert node.target is aten.to.dtype or set(floats) & set(LOW), node.target
+    again = precision.apply(found.module, policy)
+    assert calls(again) == calls(found)
+    values = inputs(0, dtype)
+    for ours, theirs in zip(found.module(*values.values()), program(names)(**values), strict=True):
+        assert (ours.dtype, ours.shape, ours.stride()) == (theirs.dtype, theirs.shape, theirs.stride())
+
+
+@settings(max_examples=40)
+@given(names=programs, seed=st.integers(0, 99))
+def test_law_of_errors(names: list[str], seed: int) -> None:
+    """Values and gradients are as near to fp64 as autocast's, by the rule of `fxopt.testing`."""
+    function = program(names)
+    found = precision.apply(trace(function, inputs(seed, FP32)), Policy(BF16)).module
+
+    def done(call: Callable[..., Any], dtype: torch.dtype, context: Any = None) -> Mapping[str, Tensor]:
+        values = inputs(seed, dtype)
+        with context or torch.autocast("cpu", enabled=False):
+            result, loss = call(*values.values())
+        loss.backward()
+        grads = {f"grad {name}": one.grad for name, one in values.items() if one.grad is not None}
+        return {"result": result.detach(), "loss": loss.detach(), **grads}
+
+    ours, near, exact = done(found, FP32), done(function, FP32, autocast()), done(function, torch.float64)
+    assert ours.keys() == near.keys() == exact.keys()
+    for name, right in exact.items():
+        assert ours[name].dtype == FP32
+        size = float(right.norm()) + 1e-3 * right.numel() ** 0.5
+        off, theirs = (float((one[name].double() - right).norm()) / size for one in (ours, near))
+        assert off <= 2 * theirs + 8 * 2**-8, f"{name} of {names}: {off:.2e}, autocast {theirs:.2e}"
