@@ -21,7 +21,7 @@ MODELS: dict[str, tuple[Any, dict[str, Any]]] = {
     "llama": (_CAUSAL, _DECODER),
     "qwen3": (_CAUSAL, _DECODER),
     "gemma2": (_CAUSAL, {**_DECODER, "query_pre_attn_scalar": 32, "sliding_window": 64}),
-    "gpt2": (_CAUSAL, {"vocab_size": VOCABULARY, "n_embd": 128, "n_layer": 4, "n_head": 4, "n_positions": LENGTH,
+    "gpt2": (_CAUSAL, {"loss_type": "ForCausalLM", "vocab_size": VOCABULARY, "n_embd": 128, "n_layer": 4, "n_head": 4, "n_positions": LENGTH,
                        "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}),
     "bert": (_MASKED, {**_DECODER, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}),
     "t5": (_PAIRS, {"vocab_size": VOCABULARY, "d_model": 128, "d_kv": 32, "d_ff": 256, "num_layers": 2, "num_heads": 4,

@@ -131,7 +131,19 @@ class Mixed:
         if chosen == "low" and (why := self.why_not_low(node)):
             self.kept.append((node.name, f"{why} ({Place.of(node)})"))
             return "fp32", why
+        if chosen == "fp32" and self.is_a_products_power(node):
+            return "follow", ""
         return chosen, "sums and transcendental functions are computed in fp32"
+
+    def is_a_products_power(self, node: fx.Node) -> bool:
+        """Whether `node` is ``x ** 3`` and the like on its way to no sum, such as in gelu's approximation by tanh.
+
+        There bf16, whose range is fp32's, loses no more than a product does; fp16 overflows at 40 ** 3.
+        """
+        if node.target is not aten.pow.Tensor_Scalar or type(arguments(node)[1]) not in (int, float):
+            return False
+        summed = any(self.policy.class_of(user.target) == "fp32" for user in node.users)
+        return self.policy.compute == torch.bfloat16 and arguments(node)[1] in (2, 3, 4) and not summed
 
     def why_kept(self, node: fx.Node, modules: Sequence[str]) -> str:
         if self.regions and not self.regions[-1]:

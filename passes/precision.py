@@ -89,7 +89,7 @@ _EARLIER: set[str] = set()
 
 
 def check_patterns(policy: Policy, paths: set[str], more_to_come: bool) -> None:
-    """Raise `OptionError` for a pattern of ``keep_fp32`` that no module matches, once all graphs of a model are seen."""
+    """Raise `OptionError` for a pattern of ``keep_fp32`` that no module matches, once a model's last graph is seen."""
     _EARLIER.update(paths)
     if more_to_come:
         return
