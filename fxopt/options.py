@@ -15,6 +15,7 @@ from fxopt.ops.launch import LOWERINGS, Lowering
 from fxopt.rule import Rule
 
 Logits = Literal["deferred", "eager"]
+Choosing = Literal["measure", "never"]
 
 
 class OptionError(compat.PassesThroughDynamo, ValueError):
@@ -36,6 +37,9 @@ class Options:
     kernels:  how fxopt's operators are computed: "auto" by generated Triton kernels on CUDA and by ATen elsewhere,
               "aten" by ATen everywhere, "interpret" by the Triton kernels under Triton's interpreter, on a CPU and very
               slowly (``TRITON_INTERPRET=1`` must be set before Python starts).
+    choose:   "measure" times, at each site on CUDA and once for each kind of site on a machine, fxopt's kernel, torch's
+              own and Inductor's code, and takes the best; "never" takes fxopt's wherever nothing is objected. Nothing
+              is measured on other devices, nor for rules in `force`.
     inductor: ``torch._inductor.config`` entries for this compilation, as ``torch.compile`` takes them.
     """
 
@@ -45,6 +49,7 @@ class Options:
     verify: bool = False
     dump: Path | None = None
     kernels: Lowering = "auto"
+    choose: Choosing = "measure"
     inductor: tuple[tuple[str, Any], ...] = ()
 
     @classmethod
@@ -72,7 +77,7 @@ class Options:
     def cache_key(self) -> str:
         """What these options and the rules' versions add to the keys of torch's caches."""
         rules = " ".join(f"{rule.name}={rule.version}" for rule in self.active_rules())
-        return f"{rules} force={sorted(self.force)} logits={self.logits} kernels={self.kernels}"
+        return f"{rules} force={sorted(self.force)} logits={self.logits} kernels={self.kernels} choose={self.choose}"
 
     def active_rules(self) -> list[Rule]:
         """The rules these options leave in force, in the order they run."""
@@ -106,6 +111,10 @@ def _kernels(value: Any) -> Lowering:
             "set TRITON_INTERPRET=1 in the environment before Python starts."
         )
     return _one_of("kernels", LOWERINGS, value)
+
+
+def _choose(value: Any) -> Choosing:
+    return _one_of("choose", get_args(Choosing), value)
 
 
 def _bool(value: Any) -> bool:
@@ -166,5 +175,6 @@ _PARSERS = {
     "verify": _bool,
     "dump": _dump,
     "kernels": _kernels,
+    "choose": _choose,
     "inductor": _inductor,
 }
