@@ -265,5 +265,6 @@ def _hand_over(site: Site, values: Sequence[Any], results: Sequence[fx.Node], mo
         raise verify.VerificationError(f"replacement returns {len(results)} values for {len(site.outputs)} outputs")
     for old, value, new in zip(site.outputs, values, results, strict=True):
         verify.same_value(f"{site.rule} at {old.name}", value_of(old), value, grad=False)
+        new.meta["val"] = value_of(old)  # a later site of this rule may read it, and tracing records no requires_grad
         old.replace_all_uses_with(new)
         moved[old] = new

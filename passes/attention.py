@@ -407,7 +407,7 @@ def integers(site: Site) -> dict[str, tuple[int, int]]:
     captures = [site.value(name) for name in names]
     exact = [name for name, capture in zip(names, captures, strict=True) if not capture.dtype.is_floating_point]
     texts = dict(site.inputs["programs"])
-    if not exact or {"predicate", "prefix"} & set(texts) or any(map(_looks_up, texts.values())):
+    if not exact or site.inputs["dense"] or "prefix" in texts or any(map(_looks_up, texts.values())):
         return {}
     queries, keys = _lengths(site)
     for number in (0, 1, keys):
