@@ -179,7 +179,7 @@ def _apply_in(rule: Rule, gm: fx.GraphModule, outcome: Outcome, how: _How) -> _C
         gone.update(found.nodes)
         outcome.deferrable += [node.name for node in found.deferrable]
         change.redrawn.update(found.draws)
-        detail = "; ".join(part for part in (found.detail, found.how if winner == OURS else winner) if part)
+        detail = "; ".join(part for part in (found.detail, rule.how(found) if winner == OURS else winner) if part)
         change.rewrites.append(Rewrite(rule.name, node, place, len(found.nodes), detail, made, choice))
     return change
 

@@ -51,10 +51,10 @@ class Site:
     nodes:    every node the replacement does away with, outputs included, in graph order.
     inputs:   what the replacement is called with: nodes, or constants of the graph.
     deferrable: interior nodes that only graph outputs read, which may be computed when somebody looks.
-    detail:   a few words for the report. how: and about how the replacement computes it; where another candidate is
-              chosen, the report names that one instead.
+    detail:   a few words for the report.
     draws:    random nodes among `nodes` that the replacement draws anew. Their numbers come out different, their
               distribution must not; the random nodes outside the site keep their order.
+    on_cpu:   a few words about how the replacement is computed there by ATen, for `Rule.how`.
     lowering: ``options={"kernels": ...}``, which the engine notes before it asks for objections.
     """
 
@@ -66,7 +66,7 @@ class Site:
     detail: str = ""
     draws: tuple[fx.Node, ...] = ()
     lowering: str = "auto"
-    how: str = ""
+    on_cpu: str = ""
 
     @property
     def anchor(self) -> fx.Node:
@@ -171,6 +171,11 @@ def no_objections(site: Site) -> Iterator[str]:
     return iter(())
 
 
+def nothing_to_say(site: Site) -> str:
+    """How a site is computed by a rule that has one way."""
+    return ""
+
+
 def nothing_else(site: Site) -> dict[str, Any]:
     """The other candidates, and the integers, of a rule that knows of none."""
     return {}
@@ -193,6 +198,7 @@ class Rule:
     objections:  yields every reason to leave a site alone; `Cost` for reasons that are no matter of correctness.
                  No objections means rewrite.
     inputs:      draws arguments, by name, that the rule must accept.
+    how:         a few words for the report about how the replacement computes a site.
     candidates:  by name, other functions of a site's inputs that could stand there, on a device where sites are
                  measured (`fxopt.choosing`): called as the replacement is.
     saves_memory: whether a site is rewritten to hold less, not only to be faster (`fxopt.choice.decide`).
@@ -206,6 +212,7 @@ class Rule:
     spellings: tuple[Callable[..., Any], ...]
     inputs: Callable[[Draw], dict[str, Any]]
     objections: Callable[[Site], Iterable[str]] = no_objections
+    how: Callable[[Site], str] = nothing_to_say
     candidates: Callable[[Site], Mapping[str, Callable[..., Any]]] = nothing_else
     saves_memory: Callable[[Site], bool] = saves_none
     integers: Callable[[Site], Mapping[str, tuple[int, int]]] = nothing_else

@@ -51,7 +51,7 @@ def grow(anchor: fx.Node) -> Site | None:
     inputs = _inputs(found, mask) | {"empty": empty, "heads_last": _heads_last(found)}
     return Site(
         RULE.name, (found.output,), found.nodes, inputs,
-        detail=_detail(found, mask), how=_lowering(found, mask), draws=found.draws,
+        detail=_detail(found, mask), on_cpu=_on_cpu(found, mask), draws=found.draws,
     )  # fmt: skip
 
 
@@ -144,10 +144,15 @@ def _detail(found: Found, mask: Mask) -> str:
     return f"{sizes}: {', '.join(parts)}"
 
 
-def _lowering(found: Found, mask: Mask) -> str:
-    """On a CPU by ATen, or by generated kernels; by interpreted ones on a CPU only where the options ask for that."""
-    if value_of(found.query.node).device.type == "cuda":
+def how(site: Site) -> str:
+    """By generated kernels, or by ATen."""
+    query = _narrowed(site)
+    if runs_triton(query, site.lowering):
         return "generated kernels"
+    return site.on_cpu if query.device.type == "cpu" else "scaled_dot_product_attention"
+
+
+def _on_cpu(found: Found, mask: Mask) -> str:
     why_not = _why_no_flash(found)
     if why_not:
         return f"blocks of scores ({why_not})"
@@ -661,6 +666,7 @@ RULE = Region(
     grow=grow,
     replacement=replacement,
     objections=objections,
+    how=how,
     candidates=candidates,
     saves_memory=saves_memory,
     integers=integers,
