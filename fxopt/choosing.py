@@ -72,7 +72,7 @@ class Chooser:
             return measured
         if self.compiler is None:
             raise Unmeasurable("nothing is remembered of such a site, and it is measured when it is compiled")
-        with compat.apart(), _random_state_kept(value_of(site.anchor).device):
+        with compat.apart(), _undisturbed(value_of(site.anchor).device):
             inputs = draw(found, rule)
             names = [*candidates, INDUCTOR]
             with _telling(f"fxopt: measuring {rule.name} at {Place.of(site.anchor)} by {', '.join(names)}"):
@@ -118,11 +118,12 @@ def _step(call: Callable[..., Any], found: Excerpt, inputs: Sequence[Tensor]) ->
 
 
 @contextlib.contextmanager
-def _random_state_kept(device: torch.device) -> Iterator[None]:
-    """Within, random numbers are drawn that the training run never misses."""
-    with torch.random.fork_rng(devices=[device.index or 0] if device.type == "cuda" else []):
-        torch.manual_seed(0)
-        yield
+def _undisturbed(device: torch.device) -> Iterator[None]:
+    """Within, `device` is the current one, and random numbers are drawn that the training run never misses."""
+    cuda = device.type == "cuda"
+    with torch.cuda.device(device) if cuda else contextlib.nullcontext():
+        with torch.random.fork_rng(devices=[torch.cuda.current_device()] if cuda else []):
+            yield
 
 
 @contextlib.contextmanager

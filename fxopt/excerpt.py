@@ -83,6 +83,8 @@ def _input(graph: fx.Graph, node: fx.Node, mode: Any) -> Any:
     """A placeholder for the tensor that `node` is, or the number."""
     value = value_of(node)
     if isinstance(value, Tensor):
+        if type(value) not in (Tensor, torch.nn.Parameter, compat.FakeTensor):
+            raise Unmeasurable(f"{node.name} is a {type(value).__name__}, not a plain tensor")
         made = graph.placeholder(f"input_{len(graph.nodes)}")
         sizes, strides = ([_hint(item, node) for item in given] for given in (value.shape, value.stride()))
         if 0 in sizes:

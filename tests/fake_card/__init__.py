@@ -20,7 +20,7 @@ BUILT = HERE.parent.parent / "out" / "fake_card"
 
 
 def install() -> None:
-    """Let this process take fake CUDA tensors. Raises RuntimeError where torch is imported, or has a CUDA of its own."""
+    """Let this process take fake CUDA tensors. Raises RuntimeError where torch is imported or has a CUDA of its own."""
     if "torch" in sys.modules:
         raise RuntimeError("fake_card.install() comes before torch is imported")
     found = importlib.util.find_spec("torch")
