@@ -121,9 +121,11 @@ def _step(call: Callable[..., Any], found: Excerpt, inputs: Sequence[Tensor]) ->
 def _undisturbed(device: torch.device) -> Iterator[None]:
     """Within, `device` is the current one, and random numbers are drawn that the training run never misses."""
     cuda = device.type == "cuda"
-    with torch.cuda.device(device) if cuda else contextlib.nullcontext():
-        with torch.random.fork_rng(devices=[torch.cuda.current_device()] if cuda else []):
-            yield
+    with (
+        torch.cuda.device(device) if cuda else contextlib.nullcontext(),
+        torch.random.fork_rng(devices=[torch.cuda.current_device()] if cuda else []),
+    ):
+        yield
 
 
 @contextlib.contextmanager
