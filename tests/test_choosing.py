@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from choosers import MIB, as_it_is, scripted
+from choosers import MIB, ScriptedMeter, as_it_is, scripted
 from graphs import LargestDraw, captured, targets
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -61,6 +61,9 @@ SWISH = Pattern(
 def of_swish(chooser, rule=SWISH, **how):
     graph = captured(lambda x: swish(x, 2.0), torch.randn(3, requires_grad=True)).module
     return graph, apply_rule(rule, graph, chooser=chooser, **how)
+
+
+TIMES = {OURS: (1.0, 1), "twice": (2.0, 1), INDUCTOR: (2.0, 1)}
 
 
 # --- the decision ------------------------------------------------------------------------------------------------
@@ -120,7 +123,7 @@ def test_force_takes_ours_and_measures_nothing():
 
 
 def test_what_is_measured_settles_objections_of_cost_and_no_others():
-    chooser, meter = scripted(**{OURS: (1.0, 1), "twice": (2.0, 1), INDUCTOR: (2.0, 1)})
+    chooser, meter = scripted(**TIMES)
     costly = dataclasses.replace(SWISH, objections=lambda site: [Cost("slow, I think")])
     assert len(of_swish(chooser, costly)[1].rewrites) == 1
     wrong = dataclasses.replace(SWISH, objections=lambda site: [Cost("slow, I think"), "wrong"])
@@ -300,7 +303,7 @@ def test_an_empty_site_is_not_measured():
 
 
 def test_symbolic_sizes_are_measured_at_their_hints_and_guard_nothing():
-    chooser, _ = scripted(**{OURS: (1.0, 1), "twice": (2.0, 1), INDUCTOR: (2.0, 1)})
+    chooser, _ = scripted(**TIMES)
     graph = captured(lambda x: swish(x, 2.0), torch.randn(7, 5, requires_grad=True), dynamic=True).module
     environment = compat.fake_mode_of([node.meta.get("val") for node in graph.graph.nodes]).shape_env
     guards = len(environment.guards)
@@ -317,7 +320,7 @@ def test_random_numbers_of_the_training_run_stay_what_they_are():
     torch.manual_seed(3)
     wanted = torch.randn(2)
     torch.manual_seed(3)
-    chooser, _ = scripted(**{OURS: (1.0, 1), "twice": (2.0, 1), INDUCTOR: (2.0, 1)})
+    chooser, _ = scripted(**TIMES)
     graph = trace(lambda x: swish(x, 2.0), {"x": torch.ones(3)})
     apply_rule(SWISH, graph, chooser=chooser)
     assert torch.equal(torch.randn(2), wanted)
@@ -346,9 +349,76 @@ def test_excerpts_compile_by_inductor_and_give_the_same(rule):
         torch.testing.assert_close(results[True][0], results[False][0], rtol=2e-2, atol=2e-2)
 
 
-# --- what is remembered ------------------------------------------------------------------------------------------
+def test_a_site_under_autocast_is_measured_under_it():
+    def loss(hidden, weight, target):
+        with torch.autocast("cpu", torch.bfloat16):
+            return F.cross_entropy(F.linear(hidden, weight).float(), target)
 
-TIMES = {OURS: (1.0, 1), "twice": (2.0, 1), INDUCTOR: (2.0, 1)}
+    hidden, weight = torch.randn(4, 3, requires_grad=True), torch.randn(9, 3, requires_grad=True)
+    graph = captured(loss, hidden, weight, torch.randint(9, (4,))).module
+    (site,) = (item for item in candidates(LOSS, graph) if not isinstance(item, Refusal))
+    linear = next(iter(excerpt(site).site.nodes))
+    assert linear.meta["val"].dtype == torch.bfloat16
+    dtypes = []
+
+    def compiler(graph, inputs):
+        dtypes.append(torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None)
+        return lambda *given: dtypes.append(torch.is_autocast_enabled("cpu")) or graph(*given)
+
+    choice = scripted(compiler, **{OURS: (1.0, 1), INDUCTOR: (2.0, 1)})[0].choose(LOSS, site)
+    assert choice.winner == OURS, choice
+    assert dtypes == [torch.bfloat16, True, True, True] * 2
+    assert not torch.is_autocast_enabled("cpu")
+
+
+def test_a_site_without_gradients_is_measured_forward():
+    class Keeping(ScriptedMeter):
+        def __call__(self, name, run):
+            self.results.append(run())
+            return super().__call__(name, run)
+
+    (site,) = candidates(SWISH, captured(lambda x: swish(x, 2.0), torch.randn(3)).module)
+    meter = Keeping(TIMES)
+    meter.results = []
+    assert Chooser(as_it_is, meter=meter).choose(SWISH, site).winner == OURS
+    assert meter.results == [None] * 3
+
+
+def test_a_tensor_of_another_kind_is_not_measured():
+    class Odd(torch.Tensor):
+        pass
+
+    (site,) = candidates(SWISH, captured(lambda x: swish(x, 2.0), torch.randn(3)).module)
+    site.inputs["x"].meta["val"] = torch.randn(3).as_subclass(Odd)
+    chooser, _ = scripted(**{OURS: (1.0, 1)})
+    assert chooser.choose(SWISH, site).unmeasured == f"{site.inputs['x'].name} is a Odd, not a plain tensor"
+
+
+def test_within_a_compilation_another_disturbs_nothing(monkeypatch):
+    """The whole way: Dynamo, the stages, Inductor for each candidate, and then for the graph."""
+    _, meter = scripted(**{OURS: (3.0, 1), "twice": (1.0, 1), INDUCTOR: (2.0, 1)})
+    monkeypatch.setattr("fxopt.choosing.CudaMeter", lambda: meter)
+    x, weight = torch.randn(5, 4, requires_grad=True), torch.randn(4, 4, requires_grad=True)
+
+    def model(x, weight):
+        return swish(x @ weight, 2.0).sum() + swish(x, 3.0).mean()
+
+    fxopt.clear_reports()
+    options = {"rules": ["-attention", "-linear_cross_entropy", "-norm", SWISH]}
+    compiled = torch.compile(model, backend=backend.fxopt, options=options)
+    for shape in (5, 5, 7):  # the last with symbolic sizes
+        rows = x.repeat(2, 1)[:shape].detach().requires_grad_()
+        ours = torch.autograd.grad(compiled(rows, weight), (rows, weight))
+        torch.testing.assert_close(ours, torch.autograd.grad(model(rows, weight), (rows, weight)))
+    static, dynamic = fxopt.reports()
+    for report in (static, dynamic):
+        assert [item.choice.winner for item in report.rewrites] == ["twice"] * 2
+        assert report.notes == []
+        assert {"choose", "compile"} <= set(report.timings)
+    assert meter.ran == [OURS, "twice", INDUCTOR] * 4
+
+
+# --- what is remembered ------------------------------------------------------------------------------------------
 
 
 def test_what_was_measured_is_asked_for_once():
