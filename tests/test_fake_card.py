@@ -151,6 +151,7 @@ def test_encoders_and_biases_that_are_learned() -> None:
     assert not t5.ending_in(4, DECODED, SEQ)
 
 
+@pytest.mark.slow
 def test_what_no_kernel_takes_goes_through_with_a_sentence() -> None:
     found = ask(
         wide=model("llama", head_dim=264),
@@ -231,7 +232,6 @@ def test_a_backend_of_sdpa_that_is_chosen_is_what_is_in_the_graph() -> None:
     assert len(found["inductor"].graph["refusals"]) == 8
 
 
-@pytest.mark.slow
 def test_autocast_decides_the_dtype_of_kernels() -> None:
     found = ask(llama=model("llama") | {"dtype": "float32", "autocast": "bfloat16"})["llama"]
     assert found.graph["refusals"] == []
