@@ -7,10 +7,10 @@ import transformers
 from torch import nn
 
 VOCABULARY, BATCH, LENGTH = 2_000, 4, 128
+_WORDS: dict[str, Any] = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 _DECODER: dict[str, Any] = {
-    "vocab_size": VOCABULARY, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4,
+    **_WORDS, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4,
     "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": LENGTH,
-    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
 _CAUSAL, _MASKED, _PAIRS = (
     transformers.AutoModelForCausalLM,
@@ -21,11 +21,12 @@ MODELS: dict[str, tuple[Any, dict[str, Any]]] = {
     "llama": (_CAUSAL, _DECODER),
     "qwen3": (_CAUSAL, _DECODER),
     "gemma2": (_CAUSAL, {**_DECODER, "query_pre_attn_scalar": 32, "sliding_window": 64}),
-    "gpt2": (_CAUSAL, {"loss_type": "ForCausalLM", "vocab_size": VOCABULARY, "n_embd": 128, "n_layer": 4, "n_head": 4, "n_positions": LENGTH,
-                       "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}),
+    # Without a loss_type, a warning of transformers breaks the graph between head and loss.
+    "gpt2": (_CAUSAL, {**_WORDS, "loss_type": "ForCausalLM", "n_embd": 128, "n_layer": 4, "n_head": 4,
+                       "n_positions": LENGTH, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}),
     "bert": (_MASKED, {**_DECODER, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}),
-    "t5": (_PAIRS, {"vocab_size": VOCABULARY, "d_model": 128, "d_kv": 32, "d_ff": 256, "num_layers": 2, "num_heads": 4,
-                    "dropout_rate": 0.0, "decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 2}),
+    "t5": (_PAIRS, {**_WORDS, "d_model": 128, "d_kv": 32, "d_ff": 256, "num_layers": 2, "num_heads": 4,
+                    "dropout_rate": 0.0, "decoder_start_token_id": 0}),
 }  # fmt: skip
 
 

@@ -11,13 +11,16 @@ from torch import fx
 
 from fxopt import capture as capturing
 from fxopt import compat, verify
+from fxopt.choice import Choice
+from fxopt.choosing import Chooser
 from fxopt.differential import same_function
 from fxopt.fake import without_autocast
 from fxopt.options import Options
 from fxopt.outputs import OutputPlan, defer_outputs
 from fxopt.passes import precision
 from fxopt.report import GraphReport, Report, record, reports
-from fxopt.rewrite import apply_rule, copy_module
+from fxopt.rewrite import Chooses, apply_rule, copy_module
+from fxopt.rule import Rule, Site
 from fxopt.stages import Stages
 from fxopt.version import VERSION
 
@@ -40,20 +43,46 @@ def fxopt(
     patches = compat.mode_options(mode) | dict(parsed.inductor)
     key = f"fxopt {VERSION} {parsed.cache_key()}"
     name = f"graph {len(reports())}"
-    found, compiled = run(
-        gm, example_inputs, parsed, lambda graph, inputs: compat.compile_graph(graph, inputs, patches, key), name
-    )
+
+    def compiler(graph: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        return compat.compile_graph(graph, inputs, patches, key)
+
+    found, compiled = run(gm, example_inputs, parsed, compiler, name, chooser_for(parsed, patches))
     record(Report([found]))
     return compiled
 
 
+def chooser_for(options: Options, patches: Mapping[str, Any] | None) -> Chooser | None:
+    """What measures sites under these options, with Inductor configured by `patches`; None: it only recalls.
+
+    Sites are measured without CUDA graphs, which record no work that is timed part by part.
+    """
+    if options.choose == "never":
+        return None
+    if patches is None:
+        return Chooser(None, f"{sorted(dict(options.inductor).items())}")
+    alone = {key: value for key, value in patches.items() if key != "triton.cudagraphs"}
+    settings = f"{sorted(alone.items())}"
+    return Chooser(lambda graph, inputs: compat.compile_graph(graph, inputs, alone, f"fxopt {VERSION} alone"), settings)
+
+
 def run(
-    gm: fx.GraphModule, inputs: Sequence[Any], options: Options, compiler: Compiler, name: str = "graph 0"
+    gm: fx.GraphModule,
+    inputs: Sequence[Any],
+    options: Options,
+    compiler: Compiler,
+    name: str = "graph 0",
+    chooser: Chooses | None = None,
 ) -> tuple[GraphReport, Callable[..., Any]]:
-    """Take one Dynamo graph through the stages. Returns what was decided and the callable for Dynamo."""
+    """Take one Dynamo graph through the stages. Returns what was decided and the callable for Dynamo.
+
+    chooser: what each site is measured by; None: nothing is.
+    """
     stages, nothing = Stages(gm, options, name), list[str]()
     graph = stages.run("capture", lambda: capture(gm, stages), otherwise=gm)
-    graph, deferrable = stages.run("rewrite", lambda: rewrite(graph, inputs, stages), otherwise=(graph, nothing))
+    graph, deferrable = stages.run(
+        "rewrite", lambda: rewrite(graph, inputs, stages, chooser), otherwise=(graph, nothing)
+    )
     graph, plan = stages.run("outputs", lambda: defer(graph, deferrable, stages), otherwise=(graph, OutputPlan()))
     ambient: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
     if options.precision is not None:
@@ -72,9 +101,12 @@ def capture(gm: fx.GraphModule, stages: Stages) -> fx.GraphModule:
     return captured.module
 
 
-def rewrite(gm: fx.GraphModule, inputs: Sequence[Any], stages: Stages) -> tuple[fx.GraphModule, list[str]]:
+def rewrite(
+    gm: fx.GraphModule, inputs: Sequence[Any], stages: Stages, chooser: Chooses | None
+) -> tuple[fx.GraphModule, list[str]]:
     """Stage 2: each rule in turn, on the graph the last one left. A rule that fails is left out of this graph."""
     deferrable: list[str] = []
+    measuring = None if chooser is None else _Timed(chooser, stages)
     for rule in stages.options.active_rules():
         forced = rule.name in stages.options.force
 
@@ -85,6 +117,7 @@ def rewrite(gm: fx.GraphModule, inputs: Sequence[Any], stages: Stages) -> tuple[
                 force=forced,
                 may_defer=stages.options.logits == "deferred",
                 lowering=stages.options.kernels,
+                chooser=measuring,
             )
             if stages.options.verify and outcome.rewrites:
                 with stages.timed("verify"):
@@ -98,6 +131,17 @@ def rewrite(gm: fx.GraphModule, inputs: Sequence[Any], stages: Stages) -> tuple[
             stages.report.refusals += outcome.refusals
             deferrable += outcome.deferrable
     return gm, deferrable
+
+
+class _Timed:
+    """A chooser whose time is a stage of its own in the report."""
+
+    def __init__(self, chooser: Chooses, stages: Stages):
+        self.chooser, self.stages = chooser, stages
+
+    def choose(self, rule: Rule, site: Site) -> Choice | None:
+        with self.stages.timed("choose"):
+            return self.chooser.choose(rule, site)
 
 
 def defer(gm: fx.GraphModule, names: Sequence[str], stages: Stages) -> tuple[fx.GraphModule, OutputPlan]:
@@ -126,14 +170,16 @@ def explain(
 ) -> Report:
     """Say what fxopt would do to `model` called with `args` and `kwargs`, without compiling anything.
 
-    The model runs once, forward only, as Dynamo sees it; its parameters and gradients are untouched. Returns one
+    The model runs once, forward only, as Dynamo sees it; its parameters and gradients are untouched. What was measured
+    at sites before, on this machine, is part of what would be done; nothing is measured here. Returns one
     `Report` over all graphs. Raises `OptionError` for a bad option, and whatever the model raises.
     """
     parsed = Options.parse(options)
     found = Report()
 
     def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        graph, _ = run(gm, inputs, parsed, lambda graph, _: graph.forward, f"graph {len(found.graphs)}")
+        name = f"graph {len(found.graphs)}"
+        graph, _ = run(gm, inputs, parsed, lambda graph, _: graph.forward, name, chooser_for(parsed, None))
         graph.timings.pop("compile", None)
         found.graphs.append(graph)
         return gm.forward

@@ -72,8 +72,8 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def size_of(value: torch.Tensor, dtype: torch.dtype) -> int:
-    """Bytes of `value` in `dtype`, symbolic sizes by their hints."""
-    return math.prod(compat.size_hint(size) for size in value.shape) * dtype.itemsize
+    """Bytes of `value` in `dtype`: symbolic sizes by their hints, 0 where a size depends on data and has none."""
+    return math.prod(compat.size_hint(size) or 0 for size in value.shape) * dtype.itemsize
 
 
 class Casts:

@@ -17,6 +17,7 @@ import torch
 from torch import fx
 from torch._C import _set_grad_enabled
 from torch._dynamo.exc import RestartAnalysis, ShortenTraceback, SkipFrame
+from torch._guards import tracing
 from torch._higher_order_ops.wrap import tag_activation_checkpoint
 from torch._ops import HigherOrderOperator, OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -39,6 +40,7 @@ __all__ = [
     "PassesThroughDynamo",
     "TorchDispatchMode",
     "aot_backend",
+    "apart",
     "compile_graph",
     "decompose_when_functionalized",
     "disabled_torch_function",
@@ -102,9 +104,22 @@ def size_expression(size: Any) -> Any:
     return size.node.expr if isinstance(size, torch.SymInt) else size
 
 
-def size_hint(size: Any) -> int:
-    """A size as a plain number, a symbolic one as it was when the graph was traced; reading it installs no guard."""
-    return int(size if type(size) is int else size.node.hint)
+def size_hint(size: Any) -> Any:
+    """A symbolic number as the one it was traced with, None where there was none; anything else is itself.
+
+    Reading it installs no guard.
+    """
+    return size.node.hint if isinstance(size, torch.SymInt | torch.SymFloat | torch.SymBool) else size
+
+
+@contextlib.contextmanager
+def apart() -> Iterator[None]:
+    """Within, graphs are compiled as if no other were being compiled in this thread, and no dispatch mode is on.
+
+    A backend runs under Dynamo's tracing context, to whose fake mode and metadata a second compilation would add.
+    """
+    with tracing(None), outside_dispatch_modes():
+        yield
 
 
 def is_batched(value: torch.Tensor) -> bool:

@@ -16,6 +16,7 @@ from fxopt.policy import Policy
 from fxopt.rule import Rule
 
 Logits = Literal["deferred", "eager"]
+Choosing = Literal["measure", "never"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +38,9 @@ class Options:
               and losses in fp32, by explicit casts; ambient autocast is replaced. A dict says more: {"compute": "bf16",
               "residual": "fp32", "keep_fp32": ["lm_head", "*.router"], "ops": {"aten.silu": "fp32"}}
               (`fxopt.policy`, docs/precision.md).
+    choose:   "measure" times, at each site on CUDA and once for each kind of site on a machine, fxopt's kernel, torch's
+              own and Inductor's code, and takes the best; "never" takes fxopt's wherever nothing is objected. Nothing
+              is measured on other devices, nor for rules in `force`.
     inductor: ``torch._inductor.config`` entries for this compilation, as ``torch.compile`` takes them.
     """
 
@@ -47,6 +51,7 @@ class Options:
     dump: Path | None = None
     kernels: Lowering = "auto"
     precision: Policy | None = None
+    choose: Choosing = "measure"
     inductor: tuple[tuple[str, Any], ...] = ()
 
     @classmethod
@@ -74,7 +79,7 @@ class Options:
     def cache_key(self) -> str:
         """What these options and the rules' versions add to the keys of torch's caches."""
         rules = " ".join(f"{rule.name}={rule.version}" for rule in self.active_rules())
-        computed = f"kernels={self.kernels} precision={self.precision!r}"
+        computed = f"kernels={self.kernels} choose={self.choose} precision={self.precision!r}"
         return f"{rules} force={sorted(self.force)} logits={self.logits} {computed}"
 
     def active_rules(self) -> list[Rule]:
@@ -103,6 +108,10 @@ def _kernels(value: Any) -> Lowering:
             "set TRITON_INTERPRET=1 in the environment before Python starts."
         )
     return _one_of("kernels", LOWERINGS, value)
+
+
+def _choose(value: Any) -> Choosing:
+    return _one_of("choose", get_args(Choosing), value)
 
 
 def _bool(value: Any) -> bool:
@@ -164,5 +173,6 @@ _PARSERS = {
     "dump": _dump,
     "kernels": _kernels,
     "precision": Policy.parse,
+    "choose": _choose,
     "inductor": _inductor,
 }

@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fxopt.casts import Cast
+from fxopt.choice import Choice, Measured
 from fxopt.rule import Place, Refusal, Rewrite
 
 
@@ -124,7 +125,8 @@ def _tables(graph: GraphReport) -> Any:
     if graph.rewrites:
         table = Table("rule", "where", "what", title="rewritten", title_justify="left", box=None, pad_edge=False)
         for done in graph.rewrites:
-            table.add_row(done.rule, str(done.place), f"{done.nodes} nodes: {done.detail}")
+            choice = f"\n{done.choice}" if done.choice is not None else ""
+            table.add_row(done.rule, str(done.place), f"{done.nodes} nodes: {done.detail}{choice}")
         yield table
     if graph.refusals:
         table = Table("rule", "where", "why", title="left alone", title_justify="left", box=None, pad_edge=False)
@@ -157,7 +159,8 @@ def _table_of_casts(casts: list[Cast]) -> Table:
 def _grouped(refusals: list[Refusal]) -> dict[str, list[Refusal]]:
     groups: dict[str, list[Refusal]] = collections.defaultdict(list)
     for refusal in refusals:
-        groups["; ".join(refusal.reasons)].append(refusal)
+        unmeasured = [str(refusal.choice)] if refusal.choice is not None and not refusal.choice.winner else []
+        groups["; ".join([*refusal.reasons, *unmeasured])].append(refusal)
     return groups
 
 
@@ -167,16 +170,19 @@ def _counted(names: Any) -> str:
 
 
 def _graph_from(data: dict[str, Any]) -> GraphReport:
-    rewrites = [
-        Rewrite(**item | {"place": Place(**item["place"]), "made": tuple(item["made"])}) for item in data["rewrites"]
-    ]
-    refusals = [
-        Refusal(**item | {"place": Place(**item["place"]), "reasons": tuple(item["reasons"])})
-        for item in data["refusals"]
-    ]
+    rewrites = [Rewrite(**item | _decided(item) | {"made": tuple(item["made"])}) for item in data["rewrites"]]
+    refusals = [Refusal(**item | _decided(item) | {"reasons": tuple(item["reasons"])}) for item in data["refusals"]]
     casts = [Cast(**item | {"place": Place(**item["place"])}) for item in data["casts"]]
     files = [Path(item) for item in data["files"]]
     return GraphReport(**data | {"rewrites": rewrites, "refusals": refusals, "casts": casts, "files": files})
+
+
+def _decided(data: dict[str, Any]) -> dict[str, Any]:
+    """What rewrites and refusals share, as objects."""
+    choice = data.get("choice")
+    if choice is not None:
+        choice = Choice(**choice | {"measured": tuple(Measured(**item) for item in choice["measured"])})
+    return {"place": Place(**data["place"]), "choice": choice}
 
 
 _REPORTS: list[Report] = []

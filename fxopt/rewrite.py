@@ -9,12 +9,13 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import fx
 
 from fxopt import compat, verify
+from fxopt.choice import INDUCTOR, OURS, Choice
 from fxopt.fake import ambient_state, arguments, propagate, value_of
 from fxopt.legality import illegal, place_of
 from fxopt.match import find_pattern
@@ -41,6 +42,24 @@ _BODIES = (compat.tag_activation_checkpoint,)
 """Higher-order operators whose bodies are ordinary training code; AOTAutograd retraces them."""
 
 
+class Chooses(Protocol):
+    """Says what a site takes: `fxopt.choosing.Chooser`."""
+
+    def choose(self, rule: Rule, site: Site) -> Choice | None:
+        """The choice at `site`, None where there is none to be made."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class _How:
+    """How a graph is to be rewritten: the keyword arguments of `apply_rule`."""
+
+    force: bool
+    may_defer: bool
+    lowering: str
+    chooser: Chooses | None
+
+
 @dataclasses.dataclass
 class _Change:
     """What a rule did to one graph: its rewrites, and the random nodes that it replaced by draws of its own."""
@@ -65,20 +84,29 @@ class Outcome:
 
 
 def apply_rule(
-    rule: Rule, gm: fx.GraphModule, *, force: bool = False, may_defer: bool = True, lowering: str = "auto"
+    rule: Rule,
+    gm: fx.GraphModule,
+    *,
+    force: bool = False,
+    may_defer: bool = True,
+    lowering: str = "auto",
+    chooser: Chooses | None = None,
 ) -> Outcome:
     """Rewrite every site of `rule` in a copy of the canonical graph `gm`, bodies included, and verify the copy.
 
-    force:     ignore objections of cost.
+    force:     ignore objections of cost, and measure nothing.
     may_defer: whether an interior value that only graph outputs read may be left for the caller to compute.
     lowering:  how operators of fxopt's are computed (`fxopt.ops.launch.Lowering`).
+    chooser:   asked at each site to which nothing but cost is objected, and what it measured settles that. None: every
+               site takes the replacement unless something is objected.
 
     Raises whatever the rule raises and `verify.VerificationError`; `gm` is untouched either way.
     """
     outcome = Outcome(copy_module(gm))
     modules = list(submodules(outcome.module))
-    # A body's outputs are not the caller's: nothing in it can be deferred.
-    changes = [_apply_in(rule, one, outcome, force, may_defer and one is outcome.module, lowering) for one in modules]
+    how = _How(force, may_defer, lowering, chooser)
+    inner = dataclasses.replace(how, may_defer=False)  # a body's outputs are not the caller's
+    changes = [_apply_in(rule, one, outcome, how if one is outcome.module else inner) for one in modules]
     if not any(change.rewrites for change in changes):
         return dataclasses.replace(outcome, module=gm)
     for module, change in zip(modules, changes, strict=True):
@@ -139,7 +167,7 @@ def _note_arguments(body: fx.GraphModule, call: fx.Node) -> None:
             placeholder.meta[OUTSIDE] = argument  # noted for the graph that this one is a copy of
 
 
-def _apply_in(rule: Rule, gm: fx.GraphModule, outcome: Outcome, force: bool, may_defer: bool, lowering: str) -> _Change:
+def _apply_in(rule: Rule, gm: fx.GraphModule, outcome: Outcome, how: _How) -> _Change:
     change = _Change()
     order = {node: index for index, node in enumerate(gm.graph.nodes)}
     gone: set[fx.Node] = set()
@@ -150,23 +178,35 @@ def _apply_in(rule: Rule, gm: fx.GraphModule, outcome: Outcome, force: bool, may
             continue
         if not gone.isdisjoint(found.nodes):
             continue  # an earlier site of this rule already covers it
-        found = dataclasses.replace(found.renamed(moved), lowering=lowering)
-        reasons = [*illegal(found, order, may_defer), *rule.objections(found)]
-        if force:
-            reasons = [reason for reason in reasons if not isinstance(reason, Cost)]
-        place = Place.of(found.anchor)
+        found = dataclasses.replace(found.renamed(moved), lowering=how.lowering)
+        reasons, choice = _settled(rule, found, [*illegal(found, order, how.may_defer), *rule.objections(found)], how)
+        node, place = found.anchor.name, Place.of(found.anchor)
         if reasons:
             only_cost = all(isinstance(reason, Cost) for reason in reasons)
             outcome.refusals.append(
-                Refusal(rule.name, found.anchor.name, place, tuple(map(str, reasons)), len(found.nodes), only_cost)
+                Refusal(rule.name, node, place, tuple(map(str, reasons)), len(found.nodes), only_cost, choice)
             )
             continue
-        made = replace(found, rule.replacement, gm.graph, order, moved)
+        winner = choice.winner if choice is not None and choice.winner else OURS
+        made = replace(found, rule.replacements(found)[winner], gm.graph, order, moved)
         gone.update(found.nodes)
         outcome.deferrable += [node.name for node in found.deferrable]
         change.redrawn.update(found.draws)
-        change.rewrites.append(Rewrite(rule.name, found.anchor.name, place, len(found.nodes), found.detail, made))
+        detail = "; ".join(part for part in (found.detail, rule.how(found) if winner == OURS else winner) if part)
+        change.rewrites.append(Rewrite(rule.name, node, place, len(found.nodes), detail, made, choice))
     return change
+
+
+def _settled(rule: Rule, site: Site, reasons: list[str], how: _How) -> tuple[list[str], Choice | None]:
+    """What speaks against `site` in the end. Objections of cost are foresight, and yield to what is measured."""
+    if how.force:
+        return [reason for reason in reasons if not isinstance(reason, Cost)], None
+    if how.chooser is None or not all(isinstance(reason, Cost) for reason in reasons):
+        return reasons, None
+    choice = how.chooser.choose(rule, site)
+    if choice is None or not choice.winner:
+        return reasons, choice
+    return [Cost(choice.against)] if choice.winner == INDUCTOR else [], choice
 
 
 def candidates(rule: Rule, gm: fx.GraphModule) -> Iterator[Site | Refusal]:
@@ -239,5 +279,6 @@ def _hand_over(site: Site, values: Sequence[Any], results: Sequence[fx.Node], mo
         raise verify.VerificationError(f"replacement returns {len(results)} values for {len(site.outputs)} outputs")
     for old, value, new in zip(site.outputs, values, results, strict=True):
         verify.same_value(f"{site.rule} at {old.name}", value_of(old), value, grad=False)
+        new.meta["val"] = value_of(old)  # a later site of this rule may read it, and tracing records no requires_grad
         old.replace_all_uses_with(new)
         moved[old] = new

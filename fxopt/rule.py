@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import fx
 
+from fxopt.choice import OURS, Choice
 from fxopt.fake import value_of
 
 
@@ -53,6 +54,7 @@ class Site:
     detail:   a few words for the report.
     draws:    random nodes among `nodes` that the replacement draws anew. Their numbers come out different, their
               distribution must not; the random nodes outside the site keep their order.
+    on_cpu:   a few words about how the replacement is computed there by ATen, for `Rule.how`.
     lowering: ``options={"kernels": ...}``, which the engine notes before it asks for objections.
     """
 
@@ -64,6 +66,7 @@ class Site:
     detail: str = ""
     draws: tuple[fx.Node, ...] = ()
     lowering: str = "auto"
+    on_cpu: str = ""
 
     @property
     def anchor(self) -> fx.Node:
@@ -133,7 +136,10 @@ def provenance_of(node: fx.Node) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class Rewrite:
-    """A site that was rewritten. `nodes` is how many nodes it replaced; `made` names those it put there."""
+    """A site that was rewritten. `nodes` is how many nodes it replaced; `made` names those it put there.
+
+    choice: what was measured there, None where nothing was to be.
+    """
 
     rule: str
     node: str
@@ -141,13 +147,15 @@ class Rewrite:
     nodes: int
     detail: str = ""
     made: tuple[str, ...] = ()
+    choice: Choice | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Refusal:
     """A site that was left alone: the sentences why, and how many nodes had agreed by then.
 
-    cost: True when nothing but cost speaks against it, so that ``options={"force": [rule]}`` rewrites it.
+    cost:   True when nothing but cost speaks against it, so that ``options={"force": [rule]}`` rewrites it.
+    choice: what was measured there, None where nothing was to be.
     """
 
     rule: str
@@ -156,6 +164,7 @@ class Refusal:
     reasons: tuple[str, ...]
     agreed: int = 0
     cost: bool = False
+    choice: Choice | None = None
 
 
 class NoSite(Exception):
@@ -171,6 +180,21 @@ def no_objections(site: Site) -> Iterator[str]:
     return iter(())
 
 
+def nothing_to_say(site: Site) -> str:
+    """How a site is computed by a rule that has one way."""
+    return ""
+
+
+def nothing_else(site: Site) -> dict[str, Any]:
+    """The other candidates, and the integers, of a rule that knows of none."""
+    return {}
+
+
+def saves_none(site: Site) -> bool:
+    """Whether a rule saves memory that does not."""
+    return False
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rule:
     """What every rule has. Use `Pattern` or `Region`.
@@ -183,6 +207,12 @@ class Rule:
     objections:  yields every reason to leave a site alone; `Cost` for reasons that are no matter of correctness.
                  No objections means rewrite.
     inputs:      draws arguments, by name, that the rule must accept.
+    how:         a few words for the report about how the replacement computes a site.
+    candidates:  by name, other functions of a site's inputs that could stand there, on a device where sites are
+                 measured (`fxopt.choosing`): called as the replacement is.
+    saves_memory: whether a site is rewritten to hold less, not only to be faster (`fxopt.choice.decide`).
+    integers:    by name, for inputs of a site that are integers or booleans, [low, high) of values with which it can be
+                 measured. A site with such an input that is not named cannot.
     version:     part of cache keys; raise it when the rule changes.
     """
 
@@ -191,7 +221,15 @@ class Rule:
     spellings: tuple[Callable[..., Any], ...]
     inputs: Callable[[Draw], dict[str, Any]]
     objections: Callable[[Site], Iterable[str]] = no_objections
+    how: Callable[[Site], str] = nothing_to_say
+    candidates: Callable[[Site], Mapping[str, Callable[..., Any]]] = nothing_else
+    saves_memory: Callable[[Site], bool] = saves_none
+    integers: Callable[[Site], Mapping[str, tuple[int, int]]] = nothing_else
     version: int = 1
+
+    def replacements(self, site: Site) -> dict[str, Callable[..., Any]]:
+        """All that could stand at `site`, ours first."""
+        return {OURS: self.replacement, **self.candidates(site)}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -7,8 +7,9 @@ fp32 tensors of [B, H, S, S].
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from fxopt.kernels.attention_spec import MOST_WIDTH, unsupported
 from fxopt.ops.attention import attention
 from fxopt.ops.key_intervals import key_intervals
 from fxopt.ops.launch import runs_triton
+from fxopt.ops.sdpa import backends_for, sdpa
 from fxopt.rule import Cost, Draw, NoSite, Region, Site
 from fxopt.score.attention_site import Found, of_sdpa, of_softmax, softmax_at
 from fxopt.score.formula import formula
@@ -47,7 +49,10 @@ def grow(anchor: fx.Node) -> Site | None:
     elif empty is None:
         raise NoSite(f"{found.output.name} adds two masks of finite numbers, and a row may be masked by both", 4)
     inputs = _inputs(found, mask) | {"empty": empty, "heads_last": _heads_last(found)}
-    return Site(RULE.name, (found.output,), found.nodes, inputs, detail=_detail(found, mask), draws=found.draws)
+    return Site(
+        RULE.name, (found.output,), found.nodes, inputs,
+        detail=_detail(found, mask), on_cpu=_on_cpu(found, mask), draws=found.draws,
+    )  # fmt: skip
 
 
 def _found(anchor: fx.Node) -> Found | None:
@@ -126,7 +131,7 @@ def _hint(stride: Any) -> float:
 
 
 def _detail(found: Found, mask: Mask) -> str:
-    """For the report: mask, program, lowering."""
+    """For the report: sizes, mask, program."""
     parts = [mask.name]
     program = found.scores.program
     if program is not variable("s"):
@@ -136,13 +141,18 @@ def _detail(found: Found, mask: Mask) -> str:
     if found.dropout:
         parts.append(f"dropout {found.dropout} drawn by position from one seed")
     sizes = " x ".join(str(found.sizes[name]) for name in "bhqk")
-    return f"{sizes}: {', '.join(parts)}; {_lowering(found, mask)}"
+    return f"{sizes}: {', '.join(parts)}"
 
 
-def _lowering(found: Found, mask: Mask) -> str:
-    """On a CPU by ATen, or by generated kernels; by interpreted ones on a CPU only where the options ask for that."""
-    if value_of(found.query.node).device.type == "cuda":
+def how(site: Site) -> str:
+    """By generated kernels, or by ATen."""
+    query = _narrowed(site)
+    if runs_triton(query, site.lowering):
         return "generated kernels"
+    return site.on_cpu if query.device.type == "cpu" else "scaled_dot_product_attention"
+
+
+def _on_cpu(found: Found, mask: Mask) -> str:
     why_not = _why_no_flash(found)
     if why_not:
         return f"blocks of scores ({why_not})"
@@ -197,9 +207,13 @@ def replacement(
     sizes: tuple[Any, Any],
     members: int,
     lowering: str = "auto",
+    backend: str = "",
     **captured: Tensor,
 ) -> Tensor:
-    """The attention op on operands brought to [B, heads, positions, depth], and its result as the site has it."""
+    """The attention op on operands brought to [B, heads, positions, depth], and its result as the site has it.
+
+    backend: of SDPA, in the place of the op: for sites that `candidates` names it for.
+    """
     captures = [captured[f"capture{slot}"] for slot in range(len(captured))]
     texts = dict(programs)
     batch, heads = sizes
@@ -208,10 +222,9 @@ def replacement(
         _brought(one.arrange(x), (batch, count), compute_dtype)
         for one, x, count in zip(operands, (query, key, value), (heads, shared, shared), strict=True)
     )
-    if q.device.type != "cpu" and not runs_triton(q, lowering):
-        out = F.scaled_dot_product_attention(
-            q, k, v, dropout_p=dropout, is_causal=band[1] == 0, scale=scale * (_factor(texts) or 1.0), enable_gqa=True
-        )
+    if backend or (q.device.type != "cpu" and not runs_triton(q, lowering)):
+        factor = scale * (_factor(texts) or 1.0)
+        out = sdpa(q, k, v, scale=factor, causal=band[1] == 0, dropout=dropout, backend=backend)
         return _shaped(_laid_out(out, heads_last).to(output_dtype), output_shape, members)
     on = _Tensors(texts, captures, (batch, heads, q.shape[2], k.shape[2]), q)
     intervals = on.intervals(band, dense)
@@ -334,13 +347,18 @@ def _objections_to_kernels(site: Site) -> Iterator[str]:
 
 def _objections_off_the_cpu(site: Site, device: torch.device) -> Iterator[str]:
     """By ATen there, what `scaled_dot_product_attention` has a flag for goes to it, and the rest has no lowering."""
-    programs = dict(site.inputs["programs"])
-    if _factor(programs) is None or set(programs) - {"program"} or site.inputs["band"] not in _FLAGGED:
+    if not _has_flags(site):
         yield f"by ATen on {device} only plain and causal attention is rewritten: more needs kernels='auto' and CUDA"
 
 
 _FLAGGED = ((None, None), (None, 0))
 """Bands that SDPA knows as ``is_causal=False`` and ``is_causal=True``."""
+
+
+def _has_flags(site: Site) -> bool:
+    """Whether SDPA has arguments for all that the site does to scores."""
+    programs = dict(site.inputs["programs"])
+    return _factor(programs) is not None and not set(programs) - {"program"} and site.inputs["band"] in _FLAGGED
 
 
 def _factor(programs: dict[str, str]) -> float | None:
@@ -355,6 +373,70 @@ def _is_flash_already(site: Site) -> bool:
     node = site.outputs[0]
     mask = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
     return mask is None and not site.inputs["dropout"]
+
+
+# --- measuring sites ---------------------------------------------------------------------------------------------
+
+
+def candidates(site: Site) -> dict[str, Callable[..., Tensor]]:
+    """Torch's own kernels, by the backend of SDPA, on CUDA and where they compute the same.
+
+    Their causal masks end at the last key or at the first query as the backend has it: only squares are the same.
+    """
+    query, queries, keys = site.value("query"), *_lengths(site)
+    square = site.inputs["band"][1] is None or str(queries) == str(keys)
+    if query.device.type != "cuda" or site.inputs["dropout"] or not square or not _has_flags(site):
+        return {}
+    return {name: functools.partial(replacement, backend=name) for name in backends_for(site.inputs["compute_dtype"])}
+
+
+def _lengths(site: Site) -> tuple[Any, Any]:
+    """How many queries and keys there are."""
+    operands = zip(("query", "key"), site.inputs["operands"], strict=False)
+    queries, keys = (site.value(name).shape[operand.axes.index("row")] for name, operand in operands)
+    return queries, keys
+
+
+def saves_memory(site: Site) -> bool:
+    """Where attention is written out, its scores are tensors that the replacement never has; SDPA has none either."""
+    return site.outputs[0].target is not aten.scaled_dot_product_attention.default
+
+
+def integers(site: Site) -> dict[str, tuple[int, int]]:
+    """One number for all captured integers and booleans, with which every query attends to all keys of its band.
+
+    Any other would time a mask that the training data need not have. None where the mask cannot be told to be so from
+    its programs, or where a number read from a tensor is a place in another.
+    """
+    names = [name for name in site.inputs if name.startswith("capture")]
+    captures = [site.value(name) for name in names]
+    exact = [name for name, capture in zip(names, captures, strict=True) if not capture.dtype.is_floating_point]
+    texts = dict(site.inputs["programs"])
+    if not exact or site.inputs["dense"] or "prefix" in texts or any(map(_looks_up, texts.values())):
+        return {}
+    queries, keys = _lengths(site)
+    for number in (0, 1, keys):
+        filled = [torch.full(capture.shape, number, dtype=capture.dtype) for capture in captures]
+        tensors = _Tensors(texts, filled, (*site.inputs["sizes"], queries, keys), torch.empty(0))
+        if _allows_all(tensors, keys):
+            return dict.fromkeys(exact, (int(number), int(number) + 1))
+    return {}
+
+
+def _looks_up(text: str) -> bool:
+    """Whether a program loads from a place that it has loaded."""
+    loads = [term for term in Program.parse(text).result.walk() if term.op == "load"]
+    return any(inner.op == "load" for load in loads for place in load.terms for inner in place.walk())
+
+
+def _allows_all(tensors: _Tensors, keys: int) -> bool:
+    ids, lengths = tensors.values("documents", "q"), tensors.values("lengths", "")
+    kept = [tensors.values(name, axis) for name, axis in (("keep", "k"), ("rows", "q"))]
+    return (
+        (ids is None or bool((ids == ids[:, :1]).all()))
+        and (lengths is None or bool((lengths >= keys).all()))
+        and all(one is None or bool(one.all()) for one in kept)
+    )
 
 
 # --- what users write --------------------------------------------------------------------------------------------
@@ -584,6 +666,10 @@ RULE = Region(
     grow=grow,
     replacement=replacement,
     objections=objections,
+    how=how,
+    candidates=candidates,
+    saves_memory=saves_memory,
+    integers=integers,
     spellings=(
         sdpa_with_causal_mask,
         eager_causal,

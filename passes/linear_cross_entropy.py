@@ -118,6 +118,16 @@ def objections(site: Site) -> Iterator[str]:
         )
 
 
+def saves_memory(site: Site) -> bool:
+    """Always: that is what the rule is for."""
+    return True
+
+
+def integers(site: Site) -> dict[str, tuple[int, int]]:
+    """Targets are classes."""
+    return {"target": (0, site.value("weight").shape[1 if site.inputs["transposed"] else 0])}
+
+
 def _scale_and_softcap(steps: list[fx.Node]) -> tuple[float, float | None]:
     """``softcap * tanh(scale * x / softcap)`` from the pointwise steps, read in order. Raises `NoSite`."""
     before, after, capped = 1.0, 1.0, False
@@ -400,6 +410,8 @@ RULE = Region(
     grow=grow,
     replacement=replacement,
     objections=objections,
+    saves_memory=saves_memory,
+    integers=integers,
     spellings=(causal_lm_loss, shifted_loss, softcapped_loss, nll_loss, hand_written_loss, chosen_log_probabilities),
     inputs=inputs,
 )

@@ -18,6 +18,7 @@ from fxopt import OptionError, Options
         ({"force": ["linear"]}, "option force: no rule 'linear'"),
         ({"verify": "yes"}, "verify='yes' must be True or False"),
         ({"dump": 3}, "dump=3 must be a directory path"),
+        ({"choose": "mesure"}, r"choose='mesure' \(did you mean 'measure'\?\) is not one of"),
         ({"inductor": {"max_autotun": True}}, "no 'max_autotun' .did you mean 'max_autotune'"),
         ({"inductor": 3}, "inductor=3 must be a dict"),
     ],

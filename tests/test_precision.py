@@ -246,8 +246,8 @@ def test_a_power_is_taken_in_fp32_only_for_a_sum_or_in_fp16() -> None:
         y = x @ x
         return y.pow(3) * y + y.pow(2).mean(-1, keepdim=True)
 
-    for given, first in (("bf16", BF16), ("fp16", FP32)):
-        nodes = [node for node in apply(powers, given, x=torch.randn(3, 3)).module.graph.nodes if "pow" in node.name]
+    for compute, first in (("bf16", BF16), ("fp16", FP32)):
+        nodes = [node for node in apply(powers, compute, x=torch.randn(3, 3)).module.graph.nodes if "pow" in node.name]
         assert [value_of(node).dtype for node in nodes] == [first, FP32]
 
 

@@ -1,0 +1,145 @@
+"""Choosing at each site among our kernel, what else the rule knows, and Inductor: measured once, and remembered.
+
+A site is copied out of its graph with static sizes, each candidate is put in its place and compiled as the whole graph
+will be, and forward and backward are timed on drawn tensors. Nothing here may cost a training run more than time: a
+candidate that fails is out, with its reason in the report, and a site that cannot be measured is decided without.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import logging
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor, fx
+
+from fxopt import compat
+from fxopt.choice import INDUCTOR, Choice, Measured, decide
+from fxopt.compat import pytree
+from fxopt.excerpt import Excerpt, Unmeasurable, ambient, draw, excerpt
+from fxopt.fake import value_of
+from fxopt.metering import CudaMeter, Meter, Run
+from fxopt.remembering import Key, recall, remember
+from fxopt.rule import Place, Rule, Site
+
+__all__ = ["Chooser"]
+
+Compiler = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]
+
+_LOG = logging.getLogger("fxopt")
+
+
+class Chooser:
+    """Measures the candidates of sites, and remembers what it found.
+
+    compiler: as the graph that the sites are in will be compiled; None only recalls what was measured before.
+    settings: what that compiler's results depend on besides the graph; part of what measurements are kept by.
+    meter:    takes milliseconds and bytes; by default on CUDA, and nothing on a CPU.
+    """
+
+    def __init__(self, compiler: Compiler | None, settings: str = "", meter: Meter | None = None):
+        self.compiler, self.settings = compiler, settings
+        self.meter = CudaMeter() if meter is None else meter
+
+    def choose(self, rule: Rule, site: Site) -> Choice | None:
+        """The choice at `site`; None on a device where nothing is measured, an empty one where this site cannot be."""
+        card = self.meter.card(value_of(site.anchor).device)
+        if not card:
+            return None
+        try:
+            measured = self._measured(rule, site, card)
+            if all(one.milliseconds is None for one in measured):
+                raise Unmeasurable("; ".join(map(str, measured)))
+            return Choice(decide(measured, rule.saves_memory(site)), measured)
+        except compat.DYNAMO_CONTROL:
+            raise
+        except Exception as error:  # a decision that cannot be made is made as if nobody asked
+            return Choice(unmeasured=str(error) if isinstance(error, Unmeasurable) else _brief(error))
+
+    def _measured(self, rule: Rule, site: Site, card: str) -> tuple[Measured, ...]:
+        """From memory, or now. Raises `Unmeasurable`, and what the rule's hooks raise."""
+        found = excerpt(site)
+        candidates = rule.replacements(site)
+        text = "\n".join([f"version {rule.version}", " ".join(candidates), self.settings, found.text()])
+        key = Key(rule.name, text, card)
+        measured = recall(key)
+        if measured:
+            return measured
+        if self.compiler is None:
+            raise Unmeasurable("nothing is remembered of such a site, and it is measured when it is compiled")
+        with compat.apart(), _undisturbed(value_of(site.anchor).device):
+            inputs = draw(found, rule)
+            names = [*candidates, INDUCTOR]
+            with _telling(f"fxopt: measuring {rule.name} at {Place.of(site.anchor)} by {', '.join(names)}"):
+                measured = tuple(self._measure(name, site, candidates.get(name), inputs) for name in names)
+        remember(key, measured)
+        return measured
+
+    def _measure(
+        self, name: str, site: Site, replacement: Callable[..., Any] | None, inputs: Sequence[Tensor]
+    ) -> Measured:
+        """One candidate, by itself: what it holds is let go of before the next."""
+        try:
+            found = excerpt(site)
+            with ambient(found.site.anchor):
+                graph = found.module if replacement is None else found.rewritten(replacement)
+                assert self.compiler is not None
+                run = _step(self.compiler(graph, inputs), found, inputs)
+                milliseconds, held = self.meter(name, run)
+            return Measured(name, milliseconds, held)
+        except Exception as error:
+            return Measured(name, None, failure=_brief(error))
+        finally:
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+
+
+def _step(call: Callable[..., Any], found: Excerpt, inputs: Sequence[Tensor]) -> Run:
+    """A forward of `call` in the site's grad mode and autocast, and a backward by every input that wants a gradient."""
+    wanted = [tensor for tensor in inputs if tensor.requires_grad]
+
+    def outputs() -> list[Tensor]:
+        with ambient(found.site.anchor):
+            return [item for item in pytree.tree_leaves(call(*inputs)) if item.requires_grad]
+
+    upstream = [torch.randn_like(item) for item in outputs()]
+
+    def run() -> object:
+        results = outputs()
+        return torch.autograd.grad(results, wanted, upstream, allow_unused=True) if results else None
+
+    return run
+
+
+@contextlib.contextmanager
+def _undisturbed(device: torch.device) -> Iterator[None]:
+    """Within, `device` is the current one, and random numbers are drawn that the training run never misses."""
+    cuda = device.type == "cuda"
+    with (
+        torch.cuda.device(device) if cuda else contextlib.nullcontext(),
+        torch.random.fork_rng(devices=[torch.cuda.current_device()] if cuda else []),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def _telling(line: str) -> Iterator[None]:
+    """Show `line` while the work goes on, on a terminal; a log elsewhere gets it at level INFO."""
+    _LOG.info(line)
+    if not sys.stderr.isatty():
+        yield
+        return
+    with Console(stderr=True).status(line):
+        yield
+
+
+def _brief(error: BaseException) -> str:
+    """The kind and the first line of an error."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
