@@ -152,7 +152,8 @@ def _apply_in(rule: Rule, gm: fx.GraphModule, outcome: Outcome, force: bool, may
         gone.update(found.nodes)
         outcome.deferrable += [node.name for node in found.deferrable]
         change.redrawn.update(found.draws)
-        change.rewrites.append(Rewrite(rule.name, found.anchor.name, place, len(found.nodes), found.detail, made))
+        detail = "; ".join(part for part in (found.detail, rule.computed(found)) if part)
+        change.rewrites.append(Rewrite(rule.name, found.anchor.name, place, len(found.nodes), detail, made))
     return change
 
 
@@ -210,6 +211,8 @@ def replace(
     provenance = {key: anchor.meta[key] for key in ("stack_trace", "nn_module_stack", "grad") if key in anchor.meta}
     for node in made:
         node.meta.update(provenance, rule=site.rule)
+        if site.origins:
+            node.meta["origins"] = site.origins
         order[node] = order[anchor]
     _hand_over(site, _values_of_results(new), results, moved)
     return tuple(node.name for node in made)

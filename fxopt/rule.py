@@ -15,6 +15,7 @@ import torch
 from torch import fx
 
 from fxopt.fake import value_of
+from fxopt.score.term import Term
 
 
 class Draw(Protocol):
@@ -50,7 +51,8 @@ class Site:
     nodes:    every node the replacement does away with, outputs included, in graph order.
     inputs:   what the replacement is called with: nodes, or constants of the graph.
     deferrable: interior nodes that only graph outputs read, which may be computed when somebody looks.
-    detail:   a few words for the report.
+    detail:   a few words for the report: what was found. How it is computed, the rule's `computed` says.
+    origins:  where in the user's code the terms of score programs come from, for the dump of kernels.
     draws:    random nodes among `nodes` that the replacement draws anew. Their numbers come out different, their
               distribution must not; the random nodes outside the site keep their order.
     lowering: ``options={"kernels": ...}``, which the engine notes before it asks for objections.
@@ -63,6 +65,7 @@ class Site:
     deferrable: tuple[fx.Node, ...] = ()
     detail: str = ""
     draws: tuple[fx.Node, ...] = ()
+    origins: Mapping[Term, Place] = dataclasses.field(default_factory=dict)
     lowering: str = "auto"
 
     @property
@@ -162,6 +165,11 @@ def no_objections(site: Site) -> Iterator[str]:
     return iter(())
 
 
+def untold(site: Site) -> str:
+    """What a rule says of how a site is computed if it says nothing."""
+    return ""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rule:
     """What every rule has. Use `Pattern` or `Region`.
@@ -173,6 +181,7 @@ class Rule:
                  gets the site's.
     objections:  yields every reason to leave a site alone; `Cost` for reasons that are no matter of correctness.
                  No objections means rewrite.
+    computed:    a few words for the report: how a site without objections is computed, which its `lowering` decides.
     inputs:      draws arguments, by name, that the rule must accept.
     version:     part of cache keys; raise it when the rule changes.
     """
@@ -182,6 +191,7 @@ class Rule:
     spellings: tuple[Callable[..., Any], ...]
     inputs: Callable[[Draw], dict[str, Any]]
     objections: Callable[[Site], Iterable[str]] = no_objections
+    computed: Callable[[Site], str] = untold
     version: int = 1
 
 

@@ -24,6 +24,7 @@ __all__ = [
     "Lowering",
     "check_lowering",
     "count_blocks",
+    "kernels_on",
     "launch",
     "operator",
     "runs_triton",
@@ -52,6 +53,11 @@ def runs_triton(like: Tensor, lowering: str) -> bool:
     """Whether an operator on tensors such as `like` is computed by Triton kernels; fp64 never is."""
     asked = lowering == "interpret" or (lowering == "auto" and like.device.type == "cuda")
     return asked and like.dtype != torch.float64
+
+
+def kernels_on(device: torch.device) -> str:
+    """What reports call the kernels of operators that are computed by Triton there."""
+    return "generated kernels" if device.type == "cuda" else "generated kernels, interpreted"
 
 
 def launch(kernel: Kernel, blocks: int, values: Mapping[str, Any], config: Config) -> None:

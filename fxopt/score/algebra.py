@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from fxopt.score.term import COMPARISONS, Term, apply, cast_to, constant, rebuilt
+from fxopt.score.term import COMPARISONS, Note, Term, apply, cast_to, constant, rebuilt, unnoted
 
 _MIRRORED = {"add": "add", "mul": "mul", "min": "min", "max": "max", "eq": "eq", "ne": "ne",
              "lt": "gt", "gt": "lt", "le": "ge", "ge": "le"}  # fmt: skip
@@ -28,13 +28,14 @@ def simplified(term: Term) -> Term:
     return term
 
 
-def bottom_up(term: Term, change: Callable[[Term], Term]) -> Term:
+def bottom_up(term: Term, change: Callable[[Term], Term], note: Note = unnoted) -> Term:
     """`term` with `change` applied to every term in it, operands first."""
     made: dict[Term, Term] = {}
     for item in term.walk():
         args = [made[arg] if isinstance(arg, Term) else arg for arg in item.args]
         same = all(new is old for new, old in zip(args, item.args, strict=True))
         made[item] = change(item if same else rebuilt(item, args))
+        note(made[item], item)
     return made[term]
 
 
