@@ -8,7 +8,7 @@ to rounding (that of x * x is x + x), but one through a branch that is never tak
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 from fxopt.score.term import COMPARISONS, Note, Term, apply, cast_to, constant, rebuilt, unnoted
@@ -20,11 +20,14 @@ _OPPOSITE = {"eq": "ne", "ne": "eq", "lt": "ge", "ge": "lt", "gt": "le", "le": "
 Rule = Callable[..., Term | None]
 
 
-def simplified(term: Term) -> Term:
-    """An equal term, smaller or cheaper where there is one; simplifying it again changes nothing."""
+def simplified(term: Term, kept: Collection[Term] = ()) -> Term:
+    """An equal term, smaller or cheaper where there is one; simplifying it again changes nothing.
+
+    kept: terms that stay as they are, with all that is in them, since they are computed in any case.
+    """
     before = None
     while term is not before:
-        before, term = term, bottom_up(term, _improved)
+        before, term = term, bottom_up(term, lambda item: item if item in kept else _improved(item))
     return term
 
 

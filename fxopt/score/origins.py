@@ -35,12 +35,15 @@ class Origins(Generic[T]):
                 self._known[item] = origin
                 waiting += item.terms
 
-    def inherit(self, made: Term, old: Term) -> Term:
-        """Note of `made`, which stands for `old`, where that came from. Returns `made`."""
+    def set(self, term: Term, origin: T) -> None:
+        """`term` alone was made from `origin`."""
+        self._known[term] = origin
+
+    def inherit(self, made: Term, old: Term) -> None:
+        """Note of `made`, which stands for `old`, where that came from."""
         origin = self.of(old)
         if origin is not None:
             self.note(made, origin)
-        return made
 
     def of(self, term: Term) -> T | None:
         """The origin of `term`, or of the nearest term in it that has one; None where none has."""
