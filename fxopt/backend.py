@@ -52,6 +52,7 @@ def run(
     graph = stages.run("capture", lambda: capture(gm, stages), otherwise=gm)
     graph, deferrable = stages.run("rewrite", lambda: rewrite(graph, inputs, stages), otherwise=(graph, nothing))
     graph, plan = stages.run("outputs", lambda: defer(graph, deferrable, stages), otherwise=(graph, OutputPlan()))
+    stages.dump_kernels(graph)
     compiled = stages.run("compile", lambda: plan.wrap(compiler(graph, inputs)), otherwise=None)
     return stages.finish(), compiled or compiler(gm, inputs)
 

@@ -34,12 +34,13 @@ __all__ = [
     "STATE_SWITCHES",
     "FakeTensor",
     "FakeTensorMode",
+    "FunctionalTensorMode",
     "HigherOrderOperator",
     "OpOverload",
     "PassesThroughDynamo",
     "TorchDispatchMode",
     "compile_graph",
-    "decompose_when_functionalized",
+    "decompose_within",
     "disabled_torch_function",
     "fake_mode_of",
     "forbid_data_pointer",
@@ -51,6 +52,7 @@ __all__ = [
     "outside_dispatch_modes",
     "pytree",
     "size_expression",
+    "size_hint",
     "tag_activation_checkpoint",
     "trace_atens",
 ]
@@ -92,6 +94,12 @@ def ignoring_fresh_symbols(mode: FakeTensorMode | None) -> Iterator[None]:
 def size_expression(size: Any) -> Any:
     """A size as an int, or as the sympy expression behind a symbolic one; reading it installs no guard."""
     return size.node.expr if isinstance(size, torch.SymInt) else size
+
+
+def size_hint(size: Any) -> Any:
+    """A plain number for a possibly symbolic one: that which it was traced with; installs no guard."""
+    node = getattr(size, "node", None)
+    return size if node is None else node.hint
 
 
 def is_batched(value: torch.Tensor) -> bool:
@@ -242,10 +250,13 @@ def is_traced(tensor: torch.Tensor) -> bool:
     return isinstance(tensor, FakeTensor | FunctionalTensor)
 
 
-def decompose_when_functionalized(operator: Any, wanted: Callable[..., bool], function: Callable[..., Any]) -> None:
-    """Let AOTAutograd see `function` in place of the custom `operator` wherever `wanted` of its arguments holds.
+def decompose_within(
+    operator: Any, kind: type[TorchDispatchMode], wanted: Callable[..., bool], function: Callable[..., Any]
+) -> None:
+    """Let a dispatch mode see `function` in place of the custom `operator` wherever `wanted` of its arguments holds.
 
-    What ``torch.library.triton_op`` does (torch/_library/triton.py), but for some calls of an operator only.
+    For AOTAutograd's, `FunctionalTensorMode`, what ``torch.library.triton_op`` does (torch/_library/triton.py), but for
+    some calls of an operator only.
     """
 
     def dispatched(mode: Any, op: Any, types: Any, args: Any, kwargs: Any) -> Any:
@@ -254,4 +265,4 @@ def decompose_when_functionalized(operator: Any, wanted: Callable[..., bool], fu
         with mode:
             return function(*args, **kwargs)
 
-    operator.register_torch_dispatch(FunctionalTensorMode, dispatched)
+    operator.register_torch_dispatch(kind, dispatched)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from fxopt.compat import size_hint
 from fxopt.fake import value_of
 from fxopt.rewrite import copy_module
 from fxopt.rule import Place
@@ -163,8 +164,8 @@ def _type_text(value: Any) -> str:
 def _input_source(value: Any) -> str:
     """An expression that draws an input like `value`; symbolic sizes become the sizes they were traced with."""
     if not isinstance(value, torch.Tensor):
-        return repr(_number(value))
-    shape, stride = [_number(size) for size in value.shape], [_number(step) for step in value.stride()]
+        return repr(size_hint(value))
+    shape, stride = [size_hint(size) for size in value.shape], [size_hint(step) for step in value.stride()]
     storage = 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True)) if all(shape) else 0
     drawn = (
         f"torch.randn({storage}).to({value.dtype})"
@@ -173,9 +174,3 @@ def _input_source(value: Any) -> str:
     )
     grad = ".requires_grad_()" if value.requires_grad and value.is_leaf else ""
     return f"{drawn}.as_strided({tuple(shape)}, {tuple(stride)}).clone(memory_format=torch.preserve_format){grad}"
-
-
-def _number(size: Any) -> Any:
-    """A plain number for a possibly symbolic size: its hint, which installs no guard."""
-    node = getattr(size, "node", None)
-    return size if node is None else node.hint

@@ -210,7 +210,7 @@ def replace(
     made = [node for inner, node in env.items() if inner not in given]
     provenance = {key: anchor.meta[key] for key in ("stack_trace", "nn_module_stack", "grad") if key in anchor.meta}
     for node in made:
-        node.meta.update(provenance, rule=site.rule)
+        node.meta.update(provenance, rule=site.rule, sites=((site.anchor.name, Place.of(site.anchor)),))
         if site.origins:
             node.meta["origins"] = site.origins
         order[node] = order[anchor]

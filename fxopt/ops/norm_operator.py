@@ -54,7 +54,7 @@ def _on_triton(x: Tensor, residual: Maybe, weight: Maybe, bias: Maybe, gate: May
     "fxopt::norm",
     f"(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor? gate, {_CONSTANTS})"
     " -> (Tensor out, Tensor stream, Tensor rstd, Tensor mean)",
-    on_triton=_on_triton,
+    launches=_on_triton,
 )
 def _forward(x: Tensor, residual: Maybe, weight: Maybe, bias: Maybe, gate: Maybe, *constants: Any) -> Tensors:
     spec = NormSpec(*constants[:-1])
@@ -118,7 +118,7 @@ def _gradients_on_triton(
     "(Tensor upstream, Tensor? by_stream, Tensor s, Tensor? weight, Tensor? bias, Tensor? gate, Tensor rstd, "
     f"Tensor mean, {_CONSTANTS}, bool need_s, bool need_weight, bool need_bias, bool need_gate)"
     " -> (Tensor by_s, Tensor by_weight, Tensor by_bias, Tensor by_gate)",
-    on_triton=_gradients_on_triton,
+    launches=_gradients_on_triton,
 )
 def _gradients(
     upstream: Tensor,
