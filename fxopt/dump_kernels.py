@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import operator
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 
 from torch import fx
 
-from fxopt.fake import value_of
+from fxopt.fake import arguments, value_of
 from fxopt.kernels.source import Kernel, write_whole
 from fxopt.ops.launched import kernels_of
 from fxopt.report import SiteKernel
@@ -66,7 +67,8 @@ def _uses(gm: fx.GraphModule) -> dict[Kernel, list[Use]]:
 
 def _kernels_of(node: fx.Node) -> tuple[Kernel, ...]:
     args, kwargs = fx.map_arg((node.args, node.kwargs), value_of)
-    return kernels_of(node.target, args, kwargs)
+    read = {arguments(user)[1] for user in node.users if user.target is operator.getitem}
+    return kernels_of(node.target, args, kwargs, read)
 
 
 def annotated(kernel: Kernel, uses: Sequence[Use]) -> str:

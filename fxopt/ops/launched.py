@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,17 +15,19 @@ from fxopt.ops.launch import Noting
 __all__ = ["kernels_of"]
 
 
-def kernels_of(op: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Kernel, ...]:
+def kernels_of(op: Any, args: Sequence[Any], kwargs: Mapping[str, Any], read: Collection[int]) -> tuple[Kernel, ...]:
     """The kernels of ``op(*args, **kwargs)``, and of its backward where an argument wants its gradient, once each.
 
     args, kwargs: with fake tensors. Those are stood in for by tensors of the sizes they were traced with, so that no
-    guard is installed. Raises what the operator raises.
+    guard is installed. read: which of several results somebody reads, so that they have a gradient.
+
+    Raises what the operator raises.
     """
     with compat.FakeTensorMode(), Noting() as noted, torch.enable_grad():
         given, named = compat.pytree.tree_map(_stand_in, (tuple(args), dict(kwargs)))
-        outputs = _tensors(op(*given, **named))
-        inputs = [one for one in _tensors((given, named)) if one.requires_grad]
-        results = [one for one in outputs if one.requires_grad]
+        found = op(*given, **named)
+        outputs = [one for at, one in enumerate(found) if at in read] if isinstance(found, tuple) else [found]
+        inputs, results = ([one for one in _tensors(some) if one.requires_grad] for some in ((given, named), outputs))
         if inputs and results:
             with torch.autograd.set_multithreading_enabled(False):
                 torch.autograd.grad(results, inputs, [torch.empty_like(one) for one in results], allow_unused=True)

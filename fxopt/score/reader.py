@@ -76,7 +76,8 @@ class Reader:
             return _number(value)
         if (node, index) not in self._memo:
             self._memo[node, index] = term = self._read(node, index)
-            self.origins.note(term, node)
+            if node.op == "call_function":  # a graph's input has no line of its own: that of who reads it says more
+                self.origins.note(term, node)
         return self._memo[node, index]
 
     def broadcast(self, node: Any, index: Index) -> Term:
