@@ -87,6 +87,7 @@ def run(
     ambient: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
     if options.precision is not None:
         graph, ambient = stages.run("precision", lambda: cast(graph, stages), otherwise=(graph, ambient))
+    stages.dump_kernels(graph)
     with ambient:
         compiled = stages.run("compile", lambda: plan.wrap(compiler(graph, inputs)), otherwise=None)
     return stages.finish(), compiled or compiler(gm, inputs)

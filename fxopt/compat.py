@@ -35,6 +35,7 @@ __all__ = [
     "STATE_SWITCHES",
     "FakeTensor",
     "FakeTensorMode",
+    "FunctionalTensorMode",
     "HigherOrderOperator",
     "OpOverload",
     "PassesThroughDynamo",
@@ -42,7 +43,7 @@ __all__ = [
     "aot_backend",
     "apart",
     "compile_graph",
-    "decompose_when_functionalized",
+    "decompose_within",
     "disabled_torch_function",
     "ends_in_break",
     "fake_mode_of",
@@ -282,10 +283,13 @@ def is_traced(tensor: torch.Tensor) -> bool:
     return isinstance(tensor, FakeTensor | FunctionalTensor)
 
 
-def decompose_when_functionalized(operator: Any, wanted: Callable[..., bool], function: Callable[..., Any]) -> None:
-    """Let AOTAutograd see `function` in place of the custom `operator` wherever `wanted` of its arguments holds.
+def decompose_within(
+    operator: Any, kind: type[TorchDispatchMode], wanted: Callable[..., bool], function: Callable[..., Any]
+) -> None:
+    """Let a dispatch mode see `function` in place of the custom `operator` wherever `wanted` of its arguments holds.
 
-    What ``torch.library.triton_op`` does (torch/_library/triton.py), but for some calls of an operator only.
+    For AOTAutograd's, `FunctionalTensorMode`, what ``torch.library.triton_op`` does (torch/_library/triton.py), but for
+    some calls of an operator only.
     """
 
     def dispatched(mode: Any, op: Any, types: Any, args: Any, kwargs: Any) -> Any:
@@ -294,4 +298,4 @@ def decompose_when_functionalized(operator: Any, wanted: Callable[..., bool], fu
         with mode:
             return function(*args, **kwargs)
 
-    operator.register_torch_dispatch(FunctionalTensorMode, dispatched)
+    operator.register_torch_dispatch(kind, dispatched)

@@ -30,7 +30,8 @@ class Options:
     force:    rule names whose *cost* objections are ignored ("Inductor does this as well"); objections of
               correctness never are.
     verify:   also compare every rewritten graph with the original in fp64, on the first inputs.
-    dump:     directory for one runnable Python file a stage; ``FXOPT_DUMP`` sets the default.
+    dump:     directory for one runnable Python file a stage, and for each generated kernel, with the line of the model
+              that its statements come from; ``FXOPT_DUMP`` sets the default.
     kernels:  how fxopt's operators are computed: "auto" by generated Triton kernels on CUDA and by ATen elsewhere,
               "aten" by ATen everywhere, "interpret" by the Triton kernels under Triton's interpreter, on a CPU and very
               slowly (``TRITON_INTERPRET=1`` must be set before Python starts).

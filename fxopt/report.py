@@ -18,6 +18,18 @@ from fxopt.choice import Choice, Measured
 from fxopt.rule import Place, Refusal, Rewrite
 
 
+@dataclasses.dataclass(frozen=True)
+class SiteKernel:
+    """A generated kernel that a rewritten site launches, forward or backward.
+
+    site: `Rewrite.node` of the site. kernel: the kernel's name. path: its source, for reading, in the dump directory.
+    """
+
+    site: str
+    kernel: str
+    path: Path
+
+
 @dataclasses.dataclass
 class GraphReport:
     """What fxopt did to one graph.
@@ -30,6 +42,7 @@ class GraphReport:
     timings:  stage -> seconds; "compile" is Inductor's part.
     nodes:    stage -> number of nodes after it.
     files:    what `options={"dump": dir}` wrote.
+    kernels:  of those files the sources of kernels, once for each site that launches one.
     """
 
     name: str
@@ -41,6 +54,7 @@ class GraphReport:
     timings: dict[str, float] = dataclasses.field(default_factory=dict)
     nodes: dict[str, int] = dataclasses.field(default_factory=dict)
     files: list[Path] = dataclasses.field(default_factory=list)
+    kernels: list[SiteKernel] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass
@@ -76,6 +90,11 @@ class Report:
     def notes(self) -> list[str]:
         """What a reader should know besides."""
         return [item for graph in self.graphs for item in graph.notes]
+
+    @property
+    def kernels(self) -> list[SiteKernel]:
+        """The generated kernels of every site, where a dump directory was given."""
+        return [item for graph in self.graphs for item in graph.kernels]
 
     @property
     def timings(self) -> dict[str, float]:
@@ -143,7 +162,8 @@ def _tables(graph: GraphReport) -> Any:
     if graph.timings:
         yield Text("time: " + ", ".join(f"{stage} {seconds:.2f} s" for stage, seconds in graph.timings.items()))
     for file in graph.files:
-        yield Text(f"wrote {file}")
+        sites = [item.site for item in graph.kernels if item.path == file]
+        yield Text(f"wrote {file}" + (f", launched by {', '.join(sites)}" if sites else ""))
 
 
 def _table_of_casts(casts: list[Cast]) -> Table:
@@ -174,7 +194,9 @@ def _graph_from(data: dict[str, Any]) -> GraphReport:
     refusals = [Refusal(**item | _decided(item) | {"reasons": tuple(item["reasons"])}) for item in data["refusals"]]
     casts = [Cast(**item | {"place": Place(**item["place"])}) for item in data["casts"]]
     files = [Path(item) for item in data["files"]]
-    return GraphReport(**data | {"rewrites": rewrites, "refusals": refusals, "casts": casts, "files": files})
+    kernels = [SiteKernel(**item | {"path": Path(item["path"])}) for item in data["kernels"]]
+    read = {"rewrites": rewrites, "refusals": refusals, "casts": casts, "files": files, "kernels": kernels}
+    return GraphReport(**data | read)
 
 
 def _decided(data: dict[str, Any]) -> dict[str, Any]:

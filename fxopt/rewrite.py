@@ -192,7 +192,8 @@ def _apply_in(rule: Rule, gm: fx.GraphModule, outcome: Outcome, how: _How) -> _C
         gone.update(found.nodes)
         outcome.deferrable += [node.name for node in found.deferrable]
         change.redrawn.update(found.draws)
-        detail = "; ".join(part for part in (found.detail, rule.how(found) if winner == OURS else winner) if part)
+        computed = rule.computed(found) if winner == OURS else winner
+        detail = "; ".join(part for part in (found.detail, computed) if part)
         change.rewrites.append(Rewrite(rule.name, node, place, len(found.nodes), detail, made, choice))
     return change
 
@@ -263,7 +264,9 @@ def replace(
     provenance = provenance_of(anchor)
     provenance[MODULES] = tuple(dict.fromkeys(map(module_path, site.nodes)))
     for node in made:
-        node.meta.update(provenance, rule=site.rule)
+        node.meta.update(provenance, rule=site.rule, sites=((site.anchor.name, Place.of(site.anchor)),))
+        if site.origins:
+            node.meta["origins"] = site.origins
         order[node] = order[anchor]
     _hand_over(site, _values_of_results(new), results, moved)
     return tuple(node.name for node in made)

@@ -16,6 +16,7 @@ from torch import fx
 
 from fxopt.choice import OURS, Choice
 from fxopt.fake import value_of
+from fxopt.score.term import Term
 
 
 class Draw(Protocol):
@@ -51,10 +52,10 @@ class Site:
     nodes:    every node the replacement does away with, outputs included, in graph order.
     inputs:   what the replacement is called with: nodes, or constants of the graph.
     deferrable: interior nodes that only graph outputs read, which may be computed when somebody looks.
-    detail:   a few words for the report.
+    detail:   a few words for the report: what was found. How it is computed, the rule's `computed` says.
+    origins:  where in the user's code the terms of score programs come from, for the dump of kernels.
     draws:    random nodes among `nodes` that the replacement draws anew. Their numbers come out different, their
               distribution must not; the random nodes outside the site keep their order.
-    on_cpu:   a few words about how the replacement is computed there by ATen, for `Rule.how`.
     lowering: ``options={"kernels": ...}``, which the engine notes before it asks for objections.
     """
 
@@ -65,8 +66,8 @@ class Site:
     deferrable: tuple[fx.Node, ...] = ()
     detail: str = ""
     draws: tuple[fx.Node, ...] = ()
+    origins: Mapping[Term, Place] = dataclasses.field(default_factory=dict)
     lowering: str = "auto"
-    on_cpu: str = ""
 
     @property
     def anchor(self) -> fx.Node:
@@ -180,8 +181,8 @@ def no_objections(site: Site) -> Iterator[str]:
     return iter(())
 
 
-def nothing_to_say(site: Site) -> str:
-    """How a site is computed by a rule that has one way."""
+def untold(site: Site) -> str:
+    """What a rule says of how a site is computed if it says nothing."""
     return ""
 
 
@@ -206,8 +207,8 @@ class Rule:
                  gets the site's.
     objections:  yields every reason to leave a site alone; `Cost` for reasons that are no matter of correctness.
                  No objections means rewrite.
+    computed:    a few words for the report: how a site without objections is computed, which its `lowering` decides.
     inputs:      draws arguments, by name, that the rule must accept.
-    how:         a few words for the report about how the replacement computes a site.
     candidates:  by name, other functions of a site's inputs that could stand there, on a device where sites are
                  measured (`fxopt.choosing`): called as the replacement is.
     saves_memory: whether a site is rewritten to hold less, not only to be faster (`fxopt.choice.decide`).
@@ -221,7 +222,7 @@ class Rule:
     spellings: tuple[Callable[..., Any], ...]
     inputs: Callable[[Draw], dict[str, Any]]
     objections: Callable[[Site], Iterable[str]] = no_objections
-    how: Callable[[Site], str] = nothing_to_say
+    computed: Callable[[Site], str] = untold
     candidates: Callable[[Site], Mapping[str, Callable[..., Any]]] = nothing_else
     saves_memory: Callable[[Site], bool] = saves_none
     integers: Callable[[Site], Mapping[str, tuple[int, int]]] = nothing_else

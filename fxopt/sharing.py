@@ -34,6 +34,7 @@ def share(gm: fx.GraphModule, rule: str) -> dict[str, str]:
             continue
         same = first.setdefault(_key(node), node)
         if same is not node:
+            same.meta["sites"] = (*same.meta.get("sites", ()), *node.meta.get("sites", ()))
             node.replace_all_uses_with(same)
             gm.graph.erase_node(node)
             merged[node.name] = same.name

@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from torch import fx
 
-from fxopt import compat, dump
+from fxopt import compat, dump, dump_kernels
 from fxopt.fallback import warn_once
 from fxopt.options import Options
 from fxopt.report import GraphReport, Report
@@ -65,6 +65,18 @@ class Stages:
         path = self.options.dump / f"{stem}_{len(self.report.files)}_{name}.py"
         title = f"{self.report.name} after stage {name}"
         self.guarded("dump", lambda: self.report.files.append(dump.write(graph, path, title)), None)
+
+    def dump_kernels(self, graph: fx.GraphModule) -> None:
+        """Write the kernels that the sites of `graph` launch, if the user asked for a dump."""
+        if self.options.dump is None:
+            return
+        directory = self.options.dump / f"{self.report.name.replace(' ', '_')}_kernels"
+
+        def write() -> None:
+            self.report.kernels += dump_kernels.write(graph, directory)
+            self.report.files += dict.fromkeys(item.path for item in self.report.kernels)
+
+        self.guarded("dump of kernels", write, None)
 
     def finish(self) -> GraphReport:
         """Close the report; with a dump directory it is written there too."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -20,13 +20,14 @@ from fxopt.fake import value_of
 from fxopt.kernels.attention_spec import MOST_WIDTH, unsupported
 from fxopt.ops.attention import attention
 from fxopt.ops.key_intervals import key_intervals
-from fxopt.ops.launch import runs_triton
+from fxopt.ops.launch import kernels_on, runs_triton
 from fxopt.ops.sdpa import backends_for, sdpa
-from fxopt.rule import Cost, Draw, NoSite, Region, Site
+from fxopt.rule import Cost, Draw, NoSite, Place, Region, Site
 from fxopt.score.attention_site import Found, of_sdpa, of_softmax, softmax_at
 from fxopt.score.formula import formula
 from fxopt.score.masks import Mask, classify
 from fxopt.score.operands import WIDTH, B, H, Operand, Q
+from fxopt.score.origins import is_statement
 from fxopt.score.program import Program
 from fxopt.score.term import Term, apply, constant, variable
 
@@ -48,10 +49,11 @@ def grow(anchor: fx.Node) -> Site | None:
         empty = "zero"  # there is no such row, and zero costs least
     elif empty is None:
         raise NoSite(f"{found.output.name} adds two masks of finite numbers, and a row may be masked by both", 4)
-    inputs = _inputs(found, mask) | {"empty": empty, "heads_last": _heads_last(found)}
+    programs, sources = _programs(found, mask)
+    inputs = _inputs(found, mask, programs, sources) | {"empty": empty, "heads_last": _heads_last(found)}
     return Site(
         RULE.name, (found.output,), found.nodes, inputs,
-        detail=_detail(found, mask), on_cpu=_on_cpu(found, mask), draws=found.draws,
+        detail=_detail(found, mask), draws=found.draws, origins=_places(found, programs.values()),
     )  # fmt: skip
 
 
@@ -66,8 +68,8 @@ def _found(anchor: fx.Node) -> Found | None:
     return None if softmax is None else of_softmax(softmax)
 
 
-def _inputs(found: Found, mask: Mask) -> dict[str, Any]:
-    """The replacement's arguments: operands, captured tensors, programs that share their slots, constants."""
+def _programs(found: Found, mask: Mask) -> tuple[dict[str, Program], list[fx.Node]]:
+    """The programs of a site by name, and the captured tensors, which they share, by slot. Raises `NoSite`."""
     terms = {
         "program": None if found.scores.program is variable("s") else found.scores.program,
         "sink": found.sink,
@@ -77,10 +79,23 @@ def _inputs(found: Found, mask: Mask) -> dict[str, Any]:
     programs, sources = {}, list[Any]()
     for name, term in terms.items():
         if term is not None:
-            programs[name], sources = Program.of(term, sources)
+            programs[name], sources = Program.of(term, sources, found.reader.origins.inherit)
     for source in sources:
         if not isinstance(source, fx.Node):
             raise NoSite(f"{found.output.name} is masked by the size {source}, which is known only at run time", 4)
+    return programs, sources
+
+
+def _places(found: Found, programs: Iterable[Program]) -> dict[Term, Place]:
+    """Where in the user's code the statements of `programs` come from."""
+    origins = found.reader.origins
+    terms = {term for program in programs for term in program.result.walk() if is_statement(term)}
+    nodes = {term: origins.of(term) for term in terms}
+    return {term: Place.of(node) for term, node in nodes.items() if node is not None}
+
+
+def _inputs(found: Found, mask: Mask, programs: dict[str, Program], sources: list[fx.Node]) -> dict[str, Any]:
+    """The replacement's arguments: operands, captured tensors, programs that share their slots, constants."""
     operands = {"query": found.query, "key": found.key, "value": found.value}
     return {
         **{name: one.node for name, one in operands.items()},
@@ -131,7 +146,7 @@ def _hint(stride: Any) -> float:
 
 
 def _detail(found: Found, mask: Mask) -> str:
-    """For the report: sizes, mask, program."""
+    """For the report: sizes, mask and program."""
     parts = [mask.name]
     program = found.scores.program
     if program is not variable("s"):
@@ -144,48 +159,52 @@ def _detail(found: Found, mask: Mask) -> str:
     return f"{sizes}: {', '.join(parts)}"
 
 
-def how(site: Site) -> str:
-    """By generated kernels, or by ATen."""
-    query = _narrowed(site)
-    if runs_triton(query, site.lowering):
-        return "generated kernels"
-    return site.on_cpu if query.device.type == "cpu" else "scaled_dot_product_attention"
-
-
-def _on_cpu(found: Found, mask: Mask) -> str:
-    why_not = _why_no_flash(found)
+def computed(site: Site) -> str:
+    """How the op is computed; where the operator decides at run time, by what."""
+    if runs_triton(_narrowed(site), site.lowering):
+        return kernels_on(site.value("query").device)
+    if site.value("query").device.type != "cpu":
+        return "torch's scaled_dot_product_attention"
+    why_not = _why_no_flash(site)
     if why_not:
         return f"blocks of scores ({why_not})"
-    if mask.rest is not None:
+    if site.inputs["dense"]:
         return "flash kernel with a mask made a block at a time"
-    if mask.needs_intervals:
+    if any(name in _INTERVALS for name, _ in site.inputs["programs"]):
         return "flash kernel on the keys of each run of queries"
-    if mask.name in ("all", "causal"):
+    if site.inputs["band"] in _FLAGGED:
         return "flash kernel, no mask tensor"
     return "flash kernel on blocks along the diagonal"
 
 
-def _why_no_flash(found: Found) -> str:
+def _why_no_flash(site: Site) -> str:
     """What keeps torch's CPU flash kernel from a site; "" for nothing. `fxopt.ops.flash_tiles.can_compute` decides."""
-    affine = _numbered(found.scores.program).split_affine()
-    depth, width = (value_of(one.node).shape[one.axes.index("column")] for one in (found.query, found.value))
-    if affine is None:
+    program = _score(dict(site.inputs["programs"]))
+    depth, width = (_entries(site, name) for name in ("query", "value"))
+    if program.split_affine() is None:
         return "the program is not a factor and a bias"
-    if found.dropout:
+    if site.inputs["dropout"]:
         return "dropout"
     if str(depth) != str(width):
         return f"values have {width} entries, keys {depth}"
-    return "a bias wants its gradient" if _differentiable(found) else ""
+    return "a bias wants its gradient" if _differentiable(site, program) else ""
 
 
-def _numbered(term: Term) -> Program:
-    return Program.of(term)[0]
+def _score(texts: dict[str, str]) -> Program:
+    """The program of the score."""
+    return Program.parse(texts["program"]) if "program" in texts else Program(variable("s"))
 
 
-def _differentiable(found: Found) -> bool:
+def _entries(site: Site, name: str) -> Any:
+    """How many entries a head of operand `name` has."""
+    operand = site.inputs["operands"][("query", "key", "value").index(name)]
+    return site.value(name).shape[operand.axes.index("column")]
+
+
+def _differentiable(site: Site, program: Program) -> bool:
     """Whether the program loads a tensor that wants a gradient."""
-    loads = (term for term in found.scores.program.walk() if term.op == "load" and term.kind == "float")
-    return any(value_of(term.args[0]).requires_grad for term in loads)
+    loads = (term for term in program.result.walk() if term.op == "load" and term.kind == "float")
+    return any(site.value(f"capture{term.args[0]}").requires_grad for term in loads)
 
 
 def replacement(
@@ -280,8 +299,7 @@ class _Tensors:
 
     def intervals(self, band: tuple[int | None, int | None], dense: bool) -> Tensor | None:
         """The keys of each query, where more than the band says which; one call for all layers of a step."""
-        names = {"documents": "q", "keep": "k", "rows": "q", "lengths": "", "prefix": ""}
-        given = {name: self.values(name, axis) for name, axis in names.items() if name in self.texts}
+        given = {name: self.values(name, axis) for name, axis in _INTERVALS.items() if name in self.texts}
         if not given:
             return None
         batch, _, queries, keys = self.sizes
@@ -338,9 +356,8 @@ def _objections_to_kernels(site: Site) -> Iterator[str]:
     reason = unsupported(programs.get("program", ""), programs.get("predicate", ""))
     if reason:
         yield f"no kernel can be generated: {reason}"
-    operands = dict(zip(("query", "value"), (site.inputs["operands"][0], site.inputs["operands"][2]), strict=True))
-    for name, operand in operands.items():
-        size = site.value(name).shape[operand.axes.index("column")]
+    for name in ("query", "value"):
+        size = _entries(site, name)
         if type(size) is not int or size > MOST_WIDTH:
             yield f"no kernel can be generated: heads of {name} have {size} entries, and {MOST_WIDTH} fit in a tile"
 
@@ -354,6 +371,9 @@ def _objections_off_the_cpu(site: Site, device: torch.device) -> Iterator[str]:
 _FLAGGED = ((None, None), (None, 0))
 """Bands that SDPA knows as ``is_causal=False`` and ``is_causal=True``."""
 
+_INTERVALS = {"documents": "q", "keep": "k", "rows": "q", "lengths": "", "prefix": ""}
+"""Programs by which intervals are made, and the axis along which each is asked."""
+
 
 def _has_flags(site: Site) -> bool:
     """Whether SDPA has arguments for all that the site does to scores."""
@@ -363,9 +383,7 @@ def _has_flags(site: Site) -> bool:
 
 def _factor(programs: dict[str, str]) -> float | None:
     """The factor by which the program multiplies scores, if that is all it does."""
-    if "program" not in programs:
-        return 1.0
-    factor, bias = Program.parse(programs["program"]).split_affine() or (None, None)
+    factor, bias = _score(programs).split_affine() or (None, None)
     return factor if bias is None else None
 
 
@@ -666,7 +684,7 @@ RULE = Region(
     grow=grow,
     replacement=replacement,
     objections=objections,
-    how=how,
+    computed=computed,
     candidates=candidates,
     saves_memory=saves_memory,
     integers=integers,

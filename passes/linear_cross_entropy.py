@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from fxopt.fake import arguments, bound_arguments, value_of
+from fxopt.ops.launch import kernels_on, runs_triton
 from fxopt.ops.linear_cross_entropy import linear_cross_entropy
 from fxopt.projection import MOVES, POINTWISE, Move, Projection, check_moves, moved_rows, moves_of, projection_of
 from fxopt.rule import Cost, Draw, NoSite, Region, Site
@@ -100,6 +101,14 @@ def replacement(
     if reduction == "none":
         loss = loss.reshape(target.shape if target.dim() == loss_rank else target.shape[:-1])
     return -loss if negate else loss
+
+
+def computed(site: Site) -> str:
+    """By kernels, of whose two ways (`fxopt.ops.loss_costs`) sizes at run time decide, or by ATen."""
+    hidden = site.value("hidden")
+    if runs_triton(hidden.new_empty(0, dtype=site.inputs["compute_dtype"]), site.lowering):
+        return kernels_on(hidden.device)
+    return "chunks of logits by ATen"
 
 
 def objections(site: Site) -> Iterator[str]:
@@ -410,6 +419,7 @@ RULE = Region(
     grow=grow,
     replacement=replacement,
     objections=objections,
+    computed=computed,
     saves_memory=saves_memory,
     integers=integers,
     spellings=(causal_lm_loss, shifted_loss, softcapped_loss, nll_loss, hand_written_loss, chosen_log_probabilities),

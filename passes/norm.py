@@ -17,7 +17,7 @@ from torch import Tensor, fx
 
 from fxopt.effects import mutated_arguments, storage_of
 from fxopt.fake import value_of
-from fxopt.ops.launch import runs_triton
+from fxopt.ops.launch import kernels_on, runs_triton
 from fxopt.ops.norm import NormSpec, norm
 from fxopt.ops.norm_launch import can_compute
 from fxopt.ops.products import accumulate_dtype
@@ -138,13 +138,23 @@ def objections(site: Site) -> Iterator[str]:
     yield from _costs(site)
 
 
-def _costs(site: Site) -> Iterator[Cost]:
-    """Where the op is computed by ATen: Inductor's fused norm is what a generated kernel is, and ATen is not."""
+def computed(site: Site) -> str:
+    """By kernels or by ATen."""
+    return kernels_on(site.value("x").device) if _has_kernels(site) else "by ATen, a step at a time"
+
+
+def _has_kernels(site: Site) -> bool:
     x = site.value("x")
     weight, bias, gate = (site.value(name) if name in site.inputs else None for name in ("weight", "bias", "gate"))
     spec = site.inputs["form"].spec(x, weight, bias, None)
-    if runs_triton(x, site.lowering) and can_compute(x, weight, bias, gate, spec):
+    return runs_triton(x, site.lowering) and can_compute(x, weight, bias, gate, spec)
+
+
+def _costs(site: Site) -> Iterator[Cost]:
+    """Where the op is computed by ATen: Inductor's fused norm is what a generated kernel is, and ATen is not."""
+    if _has_kernels(site):
         return
+    x = site.value("x")
     if x.device.type == "cpu":
         yield Cost(
             "Inductor fuses this norm as well on a CPU (bench/norm.py: the op of fxopt takes 3 to 10 times as long)"
@@ -555,6 +565,7 @@ RULE = Pattern(
     given=GIVEN,
     replacement=replacement,
     objections=objections,
+    computed=computed,
     extend=extend,
     inputs=inputs,
 )

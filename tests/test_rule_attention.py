@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -12,10 +13,13 @@ from graphs import LargestDraw, captured, targets
 from torch import Tensor, fx
 
 from fxopt.capture import trace
+from fxopt.compat import FakeTensorMode
 from fxopt.differential import same_function
+from fxopt.fake import value_of
 from fxopt.passes import attention as rule
 from fxopt.passes.attention import RULE
-from fxopt.rewrite import Outcome, apply_rule
+from fxopt.rewrite import Outcome, apply_rule, candidates
+from fxopt.rule import Site
 
 MIN = torch.finfo(torch.float32).min
 CLASSES = {
@@ -391,3 +395,40 @@ def test_gradient_that_no_grad_cuts_stays_cut() -> None:
     outcome = rewritten(cut, *inputs(), bias)
     assert len(outcome.rewrites) == 1, outcome.refusals
     agrees(cut, outcome, *inputs(), bias)
+
+
+# --- how a site is computed --------------------------------------------------------------------------------------
+
+
+def plain_causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return weighed((q @ k.mT).masked_fill(torch.ones(6, 6).triu(1) == 1, -torch.inf), v)
+
+
+SDPA, KERNELS = "torch's scaled_dot_product_attention", "generated kernels"
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "lowering", "expected"),
+    [
+        ("cpu", torch.float32, "auto", "flash kernel, no mask tensor"),
+        ("cpu", torch.float32, "aten", "flash kernel, no mask tensor"),
+        ("cpu", torch.float32, "interpret", f"{KERNELS}, interpreted"),
+        ("cpu", torch.float64, "interpret", "flash kernel, no mask tensor"),
+        ("cuda", torch.float32, "auto", KERNELS),
+        ("cuda", torch.float32, "aten", SDPA),
+        ("cuda", torch.float64, "auto", SDPA),
+    ],
+)
+def test_how_a_site_is_computed(device: str, dtype: torch.dtype, lowering: str, expected: str) -> None:
+    (site,) = candidates(RULE, captured(plain_causal, *(one.to(dtype) for one in inputs())).module)
+    assert isinstance(site, Site)
+    with FakeTensorMode():
+        for node in site.input_nodes[:3]:
+            node.meta["val"] = torch.empty(value_of(node).shape, dtype=dtype, device=device)
+        assert RULE.computed(dataclasses.replace(site, lowering=lowering)) == expected
+
+
+def test_the_report_says_what_the_options_ask_for() -> None:
+    found = {lowering: rewritten(plain_causal, *inputs(), lowering=lowering) for lowering in ("aten", "interpret")}
+    endings = {name: outcome.rewrites[0].detail.split("; ")[1] for name, outcome in found.items()}
+    assert endings == {"aten": "flash kernel, no mask tensor", "interpret": "generated kernels, interpreted"}

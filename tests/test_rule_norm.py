@@ -48,7 +48,7 @@ def rewritten(fn: Callable[..., Any], *args: Tensor) -> Outcome:
 
 def details(outcome: Outcome) -> list[str]:
     """Which spellings were found, in graph order."""
-    return [item.detail for item in outcome.rewrites]
+    return [item.detail.split("; ")[0] for item in outcome.rewrites]
 
 
 def reasons(outcome: Outcome) -> list[str]:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from fxopt.kernels.attention_configs import configs
@@ -196,7 +197,7 @@ def _kernel(name: str, spec: AttentionKernelSpec, tensors: Arguments, found: Emi
     arguments += [(size, "i32") for size in ("heads", "group", "queries", "keys")]
     arguments += [("BLOCK_Q", "constexpr"), ("BLOCK_K", "constexpr")]
     helpers = [*([_DROPOUT] if spec.dropout else []), *helpers_of(found.calls)]
-    return _rendered(name, arguments, _values(spec, found) | values, helpers)
+    return replace(_rendered(name, arguments, _values(spec, found) | values, helpers), terms=found.terms)
 
 
 def _values(spec: AttentionKernelSpec, found: Emitted) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from fxopt.kernels.pointwise import Emitter, why_not
@@ -120,6 +120,7 @@ class Emitted:
     lines: of score and slopes. allowed: of the predicate, for tiles that are masked. score2: the expression of
     ``s' * log2(e)``. inside: the predicate's result, "" without one. by_s: the program's slope by the score, "" where
     that is the constant `factor`. by_load: its slopes by captured elements. calls: all lines, which may call helpers.
+    terms: what the variables that the lines assign hold.
     """
 
     lines: tuple[list[str], ...]
@@ -130,6 +131,7 @@ class Emitted:
     by_load: dict[int, str]
     factor: float
     calls: str
+    terms: Mapping[str, Term]
 
 
 def emitted(spec: AttentionKernelSpec, rows: str, levels: Sequence[str], slots: Sequence[int] | None) -> Emitted:
@@ -162,6 +164,7 @@ def emitted(spec: AttentionKernelSpec, rows: str, levels: Sequence[str], slots: 
         by_load={slot: emitter.name_of(one.result) for slot, one in by_load.items()},
         factor=affine[0] if affine else 1.0,
         calls="\n".join(emitter.lines),
+        terms=emitter.assigned,
     )
 
 

@@ -31,12 +31,14 @@ class Emitter:
     """Lines that compute terms, each term once; what `names` holds is computed already.
 
     names: term -> the variable (or literal) that holds it. load: writes a load. prefix: of the variables' names.
+    assigned: the variables of `lines`, and the term that each holds.
     """
 
     names: dict[Term, str]
     load: Load
     prefix: str = "t"
     lines: list[str] = field(default_factory=list)
+    assigned: dict[str, Term] = field(default_factory=dict)
 
     def name_of(self, term: Term) -> str:
         """The variable of `term`, which has been emitted, or the literal of a constant."""
@@ -52,7 +54,7 @@ class Emitter:
             if term not in self.names and term.op != "const" and only(term):
                 name = f"{self.prefix}{len(self.names)}"
                 added.append(f"{name} = {self._expression(term)}")
-                self.names[term] = name
+                self.names[term], self.assigned[name] = name, term
         self.lines += added
         return added
 

@@ -16,11 +16,13 @@ import sys
 import tempfile
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import jinja2
+
+from fxopt.score.term import Term
 
 __all__ = ["TRITON_DTYPES", "Kernel", "cache_directory", "generate", "render", "write_whole"]
 
@@ -46,11 +48,14 @@ class Kernel:
     signature: its arguments in order with their Triton types ("*bf16", "i32"); "constexpr" for the tile sizes that a
                `Config` gives. There are no floats: constants are part of the source, since a Python float would reach
                the kernel as fp64 from one launcher and as fp32 from another.
+    terms:     which term of a score program, or of its derivative, each variable of the source holds that holds one;
+               for who reads the source. Equal sources are equal kernels whatever is said here.
     """
 
     name: str
     source: str
     signature: tuple[tuple[str, str], ...]
+    terms: Mapping[str, Term] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def key(self) -> str:

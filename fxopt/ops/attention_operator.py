@@ -53,7 +53,7 @@ _TENSOR_INPUTS = _TENSORS.count("Tensor")
 @operator(
     "fxopt::attention",
     f"({_TENSORS}, {_CONSTANTS}) -> (Tensor out, Tensor lse)",
-    on_triton=lambda q, *arguments: runs_triton(q, arguments[-1]),  # the last of the constants is the lowering
+    launches=lambda q, *arguments: runs_triton(q, arguments[-1]),  # the last of the constants is the lowering
 )
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, sink: Maybe, intervals: Maybe, tiles: Maybe, seed: Maybe, *rest: Any
@@ -121,7 +121,7 @@ _forward.register_autograd(_backward, setup_context=_setup_context)
     "fxopt::attention_backward",
     f"(Tensor upstream, {_TENSORS}, {_CONSTANTS}, Tensor out, Tensor lse, bool[] wanted)"
     " -> (Tensor by_q, Tensor by_k, Tensor by_v, Tensor by_sink, Tensor[] by_captures)",
-    on_triton=lambda upstream, q, *arguments: runs_triton(q, arguments[-4]),
+    launches=lambda upstream, q, *arguments: runs_triton(q, arguments[-4]),
 )
 def _gradients(upstream: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
     *inputs, out, lse, flags = arguments

@@ -7,6 +7,7 @@ into its wrapper. Interpreted launches cannot be traced, so there the operator s
 
 from __future__ import annotations
 
+import contextvars
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, get_args
@@ -22,8 +23,10 @@ from fxopt.kernels.source import Kernel
 __all__ = [
     "LOWERINGS",
     "Lowering",
+    "Noting",
     "check_lowering",
     "count_blocks",
+    "kernels_on",
     "launch",
     "operator",
     "runs_triton",
@@ -54,12 +57,22 @@ def runs_triton(like: Tensor, lowering: str) -> bool:
     return asked and like.dtype != torch.float64
 
 
+def kernels_on(device: torch.device) -> str:
+    """What reports call the kernels of operators that are computed by Triton there."""
+    return "generated kernels" if device.type == "cuda" else "generated kernels, interpreted"
+
+
 def launch(kernel: Kernel, blocks: int, values: Mapping[str, Any], config: Config) -> None:
     """Run `kernel` on `blocks` programs: tensors and ints from `values`, tile sizes and warps from `config`.
 
-    values: by argument, and others that the kernel does not have. No blocks: nothing is launched.
+    values: by argument, and others that the kernel does not have. No blocks: nothing is launched. Within `Noting` the
+    kernel is noted and nothing is launched.
     Raises ValueError for more blocks than a grid has, RuntimeError on a CPU in a process whose triton compiles.
     """
+    noting = _NOTING.get()
+    if noting is not None:
+        noting.kernels[kernel] = None
+        return
     if compat.guard_or_false(blocks == 0):
         return
     if compat.guard_or_false(blocks > MOST_BLOCKS):
@@ -84,6 +97,35 @@ def launch(kernel: Kernel, blocks: int, values: Mapping[str, Any], config: Confi
 _INTERPRETING = threading.Lock()  # the interpreter patches triton.language while it runs
 
 
+_NOTING: contextvars.ContextVar[Noting | None] = contextvars.ContextVar("fxopt_noting", default=None)
+
+
+class Noting(compat.TorchDispatchMode):
+    """Within, in this thread, fxopt's operators on fake tensors do all but launch: `kernels` are those they would.
+
+    The code that launches is what runs, so nobody else need know which kernels an operator has. Backwards are noted
+    with ``torch.autograd.set_multithreading_enabled(False)``: else they run in other threads.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernels: dict[Kernel, None] = {}
+        self._outer: list[contextvars.Token[Noting | None]] = []
+
+    def __enter__(self) -> Noting:
+        self._outer.append(_NOTING.set(self))
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        _NOTING.reset(self._outer.pop())
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """An operator of torch's, as it is; with ``out=`` there is nothing to do, and some have no meta kernel."""
+        out = (kwargs or {}).get("out")
+        return op(*args, **(kwargs or {})) if out is None else out
+
+
 def count_blocks(size: int, tile: int) -> int:
     """How many tiles of `tile` cover `size`."""
     return -(-size // tile)
@@ -106,18 +148,23 @@ def uninitialized_like(like: Tensor) -> Tensor:
     return made.permute(*(order.index(axis) for axis in outer), -1)
 
 
-def operator(name: str, schema: str, on_triton: Callable[..., bool]) -> Callable[[Callable[..., Any]], Any]:
+def operator(
+    name: str, schema: str, launches: Callable[..., bool], traced: Callable[..., bool] | None = None
+) -> Callable[[Callable[..., Any]], Any]:
     """Decorator: a function of tensors as a custom operator, traced through where its Triton kernels are compiled.
 
-    schema: as for ``torch.library.custom_op``; nothing is mutated. on_triton: from the operator's arguments, whether
-    the function launches Triton kernels; then it must consist of ATen operators and `launch`.
+    schema: as for ``torch.library.custom_op``; nothing is mutated. launches: from the operator's arguments, whether
+    the function launches Triton kernels. traced: the same, whether AOTAutograd is to see what is in the function, which
+    then must consist of ATen operators and `launch`; where it launches, if not given.
     """
+    wanted = launches if traced is None else traced
 
     def define(function: Callable[..., Any]) -> Any:
         made = torch.library.custom_op(name, function, mutates_args=(), schema=schema)
-        compat.decompose_when_functionalized(
-            made, lambda *arguments: not interpreting() and on_triton(*arguments), function
+        compat.decompose_within(
+            made, compat.FunctionalTensorMode, lambda *arguments: not interpreting() and wanted(*arguments), function
         )
+        compat.decompose_within(made, Noting, launches, function)
         return made
 
     return define

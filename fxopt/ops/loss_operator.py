@@ -87,10 +87,16 @@ def _by_tiles(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tenso
     return _Call.of(constants).by_tiles(hidden)
 
 
+def _by_kernels(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *constants: Any) -> bool:
+    """By tiles, or by chunks whose rows of logits a kernel goes over."""
+    return runs_triton(hidden, _Call.of(constants).lowering)
+
+
 @operator(
     "fxopt::linear_cross_entropy",
     f"({_INPUTS}, {_CONSTANTS}) -> (Tensor loss, {_GRADIENTS}, Tensor normalizer, Tensor best)",
-    on_triton=_by_tiles,
+    launches=_by_kernels,
+    traced=_by_tiles,
 )
 def _forward(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *constants: Any) -> Tensors:
     call, normalizer = _Call.of(constants), None
@@ -98,7 +104,7 @@ def _forward(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor
         if call.by_tiles(hidden):
             found, normalizer = loss_launch.token_losses(hidden, weight, bias, target, call.spec, call.argmax)
         else:
-            kernels = runs_triton(hidden, call.lowering)
+            kernels = _by_kernels(hidden, weight, bias, target, *constants)
             found = loss_and_gradients(
                 hidden, weight, bias, target, call.spec, call.now, argmax=call.argmax, kernels=kernels
             )
@@ -166,10 +172,13 @@ _forward.register_autograd(_backward, setup_context=_setup_context)
 
 
 # Opaque on every device: it adds to what it has in a loop, and ``addmm(out_dtype=)`` has no meta kernel (torch 2.13).
-@torch.library.custom_op(
+@operator(
     "fxopt::linear_cross_entropy_backward",
-    mutates_args=(),
-    schema=f"(Tensor upstream, {_INPUTS}, Tensor normalizer, {_CONSTANTS}) -> ({_GRADIENTS})",
+    f"(Tensor upstream, {_INPUTS}, Tensor normalizer, {_CONSTANTS}) -> ({_GRADIENTS})",
+    launches=lambda upstream, hidden, weight, bias, target, _, *constants: _by_tiles(
+        hidden, weight, bias, target, *constants
+    ),
+    traced=lambda *_: False,
 )
 def _recompute(
     upstream: Tensor,

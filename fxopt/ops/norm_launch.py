@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -32,7 +32,7 @@ from fxopt.kernels.source import Kernel
 from fxopt.ops.launch import count_blocks, launch, triton_dtype, uninitialized
 from fxopt.ops.norm_formulas import NormSpec
 
-__all__ = ["can_compute", "forward", "gradients"]
+__all__ = ["backward_workspace", "can_compute", "forward", "forward_workspace", "gradients"]
 
 Maybe = Tensor | None
 _DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
@@ -84,8 +84,8 @@ def gradients(
     asked = {name: one for (name, one), want in zip(likes.items(), wanted, strict=True) if want and one is not None}
     if not asked:
         return [None] * len(likes)
-    rows, flags = _Rows.of(s), {name.lower(): True for name in asked}
-    generated = _kernel_spec(s, weight, bias, gate, spec, residual=by_stream is not None, **flags)
+    rows = _Rows.of(s)
+    generated = _gradient_spec(by_stream, s, weight, bias, gate, spec, asked)
     arguments = rows.read({"Upstream": upstream, "By_stream": by_stream, "X": s, "Gate": gate})
     arguments |= _vectors(weight, bias) | {"Rstd": rows.in_order(rstd)}
     arguments |= {} if mean is None else {"Mean": rows.in_order(mean)}
@@ -152,6 +152,14 @@ def _kernel_spec(
     return fitted(replace(generated, **flags), card_of(x.device))
 
 
+def _gradient_spec(
+    by_stream: Maybe, s: Tensor, weight: Maybe, bias: Maybe, gate: Maybe, spec: NormSpec, asked: Iterable[str]
+) -> NormKernelSpec:
+    """asked: the gradients that are wanted, by argument: "By_x" say."""
+    flags = {name.lower(): True for name in asked}
+    return _kernel_spec(s, weight, bias, gate, spec, residual=by_stream is not None, **flags)
+
+
 def _dtype(tensor: Maybe) -> str:
     return "" if tensor is None else triton_dtype(tensor.dtype)
 
@@ -162,6 +170,57 @@ def _vectors(weight: Maybe, bias: Maybe) -> dict[str, Tensor]:
 
 def _permuted(tensor: Tensor, axes: Sequence[int]) -> Tensor:
     return tensor if list(axes) == sorted(axes) else tensor.permute(*axes, -1)
+
+
+# --- bytes -------------------------------------------------------------------------------------------------------
+
+
+def forward_workspace(x: Tensor, residual: Maybe, gate: Maybe, spec: NormSpec) -> int:
+    """Bytes that `forward` and bringing its results to x's layout hold at their peak, less the results: copies.
+
+    None of what is dense and lies as x does. (Vectors [H] and statistics are not counted.)
+    """
+    largest = x.numel() * max(spec.output.itemsize, x.itemsize * (residual is not None))
+    return max(_copied_bytes(_Rows.of(x), (x, residual, gate)), 0 if _is_dense(x) else largest)
+
+
+def backward_workspace(
+    upstream: Tensor,
+    by_stream: Maybe,
+    s: Tensor,
+    weight: Maybe,
+    bias: Maybe,
+    gate: Maybe,
+    spec: NormSpec,
+    wanted: Sequence[bool],
+) -> int:
+    """The same of `gradients`: copies, what long rows need summed first, and each program's part of sums over rows."""
+    names = ("By_x", "By_weight", "By_bias", "By_gate")
+    asked = [
+        name for name, want, one in zip(names, wanted, (s, weight, bias, gate), strict=True) if want and one is not None
+    ]
+    if not asked:
+        return 0
+    rows, generated = _Rows.of(s), _gradient_spec(by_stream, s, weight, bias, gate, spec, asked)
+    config = _config(backward_kernel(generated), generated, s)
+    programs = _programs(generated, rows, config, count_blocks(rows.width, config.tile("COLUMNS")))
+    numbers = (generated.by_weight + generated.by_bias) * programs * rows.width
+    if generated.long and generated.by_x:
+        numbers += rows.count * (2 if generated.kind == "layer" else 1)
+    largest = max([s.nbytes * generated.by_x, 0 if gate is None else gate.nbytes * generated.by_gate])
+    held = 4 * numbers + _copied_bytes(rows, (upstream, by_stream, s, gate))
+    return max(held, 0 if _is_dense(s) else largest)
+
+
+def _copied_bytes(rows: _Rows, tensors: Iterable[Maybe]) -> int:
+    return sum(one.nbytes for one in tensors if one is not None and rows.spacing(one) is None)
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Whether results that are written in the order of its rows have the strides of ``torch.empty_like`` of it."""
+    rows = _Rows.of(tensor)
+    made = torch.empty((*rows.sizes, rows.width), device="meta")
+    return rows.back(made).stride() == torch.empty_like(tensor, device="meta").stride()
 
 
 @dataclass(frozen=True)
@@ -209,12 +268,12 @@ class _Rows:
         found: dict[str, Any] = {"rows": self.count}
         for name, tensor in tensors.items():
             if tensor is not None:
-                spaced = self._spacing(tensor)
+                spaced = self.spacing(tensor)
                 found[name] = tensor if spaced is not None else self.in_order(tensor)
                 found[f"{name.lower()}_stride"] = self.width if spaced is None else spaced
         return found
 
-    def _spacing(self, tensor: Tensor) -> int | None:
+    def spacing(self, tensor: Tensor) -> int | None:
         """The distance between rows, where it is one number and the values of a row are adjacent."""
         if self.width > 1 and tensor.stride(-1) != 1:
             return None

@@ -54,7 +54,7 @@ def _on_triton(x: Tensor, residual: Maybe, weight: Maybe, bias: Maybe, gate: May
     "fxopt::norm",
     f"(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor? gate, {_CONSTANTS})"
     " -> (Tensor out, Tensor stream, Tensor rstd, Tensor mean)",
-    on_triton=_on_triton,
+    launches=_on_triton,
 )
 def _forward(x: Tensor, residual: Maybe, weight: Maybe, bias: Maybe, gate: Maybe, *constants: Any) -> Tensors:
     spec = NormSpec(*constants[:-1])
@@ -118,7 +118,7 @@ def _gradients_on_triton(
     "(Tensor upstream, Tensor? by_stream, Tensor s, Tensor? weight, Tensor? bias, Tensor? gate, Tensor rstd, "
     f"Tensor mean, {_CONSTANTS}, bool need_s, bool need_weight, bool need_bias, bool need_gate)"
     " -> (Tensor by_s, Tensor by_weight, Tensor by_bias, Tensor by_gate)",
-    on_triton=_gradients_on_triton,
+    launches=_gradients_on_triton,
 )
 def _gradients(
     upstream: Tensor,
@@ -198,8 +198,11 @@ def _backward_flops(
 
 
 def _forward_memory(x: Tensor, residual: Maybe, *arguments: Any) -> OpMemory:
-    """Two tensors as large as x in `compute` at a time, fewer where x need not be widened."""
+    """By ATen two tensors as large as x in `compute` at a time, fewer where x need not be widened."""
     *factors, kind, _, _, compute = arguments[:7]
+    if _on_triton(x, residual, *arguments):
+        workspace = norm_launch.forward_workspace(x, residual, factors[2], NormSpec(*arguments[3:-1]))
+        return OpMemory(_bytes(_fake_forward(x, residual, *arguments)), workspace)
     steps = sum(one is not None for one in factors) + (kind == "layer")
     a_row = 2 * compute.itemsize + x.itemsize if x.dtype != compute else min(steps, 2) * compute.itemsize
     return OpMemory(_bytes(_fake_forward(x, residual, *arguments)), x.numel() * a_row)
@@ -208,10 +211,14 @@ def _forward_memory(x: Tensor, residual: Maybe, *arguments: Any) -> OpMemory:
 def _backward_memory(
     upstream: Tensor, by_stream: Maybe, s: Tensor, weight: Maybe, bias: Maybe, gate: Maybe, *arguments: Any
 ) -> OpMemory:
-    """The normalised row and a product with it; the widened upstream; silu and its slope."""
-    wide = NormSpec(*arguments[2:-5]).backward
-    tensors = 2 + 2 * (upstream.dtype != wide) + 2 * (gate is not None)
+    """By ATen the normalised row and a product with it; the widened upstream; silu and its slope."""
+    spec = NormSpec(*arguments[2:-5])
     outputs = _bytes(_fake_gradients(upstream, by_stream, s, weight, bias, gate, *arguments))
+    if _gradients_on_triton(upstream, by_stream, s, weight, bias, gate, *arguments):
+        kept = (upstream, by_stream, s, weight, bias, gate)
+        return OpMemory(outputs, norm_launch.backward_workspace(*kept, spec, arguments[-4:]))
+    wide = spec.backward
+    tensors = 2 + 2 * (upstream.dtype != wide) + 2 * (gate is not None)
     return OpMemory(outputs, s.numel() * wide.itemsize * tensors)
 
 

@@ -8,8 +8,6 @@ those of [full_first, full_stop), the longest run of whole squares, see all of t
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -21,12 +19,11 @@ from fxopt.ops.registry import OpMemory
 __all__ = ["MEMORY", "query_tiles"]
 
 
-def _on_triton(intervals: Tensor, *_: Any) -> bool:
-    return runs_triton(intervals, "auto")
-
-
 @operator(
-    "fxopt::query_tiles", "(Tensor intervals, SymInt keys, int grain, bool spreads) -> Tensor", on_triton=_on_triton
+    "fxopt::query_tiles",
+    "(Tensor intervals, SymInt keys, int grain, bool spreads) -> Tensor",
+    launches=lambda intervals, *_: True,
+    traced=lambda intervals, *_: runs_triton(intervals, "auto"),
 )
 def query_tiles(intervals: Tensor, keys: int, grain: int, spreads: bool) -> Tensor:
     """The operator (module docstring); intervals are int64 and contiguous. spreads: rows without keys see all."""

@@ -8,10 +8,10 @@ to rounding (that of x * x is x + x), but one through a branch that is never tak
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
-from fxopt.score.term import COMPARISONS, Term, apply, cast_to, constant, rebuilt
+from fxopt.score.term import COMPARISONS, Note, Term, apply, cast_to, constant, rebuilt, unnoted
 
 _MIRRORED = {"add": "add", "mul": "mul", "min": "min", "max": "max", "eq": "eq", "ne": "ne",
              "lt": "gt", "gt": "lt", "le": "ge", "ge": "le"}  # fmt: skip
@@ -20,21 +20,25 @@ _OPPOSITE = {"eq": "ne", "ne": "eq", "lt": "ge", "ge": "lt", "gt": "le", "le": "
 Rule = Callable[..., Term | None]
 
 
-def simplified(term: Term) -> Term:
-    """An equal term, smaller or cheaper where there is one; simplifying it again changes nothing."""
+def simplified(term: Term, kept: Collection[Term] = ()) -> Term:
+    """An equal term, smaller or cheaper where there is one; simplifying it again changes nothing.
+
+    kept: terms that stay as they are, with all that is in them, since they are computed in any case.
+    """
     before = None
     while term is not before:
-        before, term = term, bottom_up(term, _improved)
+        before, term = term, bottom_up(term, lambda item: item if item in kept else _improved(item))
     return term
 
 
-def bottom_up(term: Term, change: Callable[[Term], Term]) -> Term:
+def bottom_up(term: Term, change: Callable[[Term], Term], note: Note = unnoted) -> Term:
     """`term` with `change` applied to every term in it, operands first."""
     made: dict[Term, Term] = {}
     for item in term.walk():
         args = [made[arg] if isinstance(arg, Term) else arg for arg in item.args]
         same = all(new is old for new, old in zip(args, item.args, strict=True))
         made[item] = change(item if same else rebuilt(item, args))
+        note(made[item], item)
     return made[term]
 
 

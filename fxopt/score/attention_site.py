@@ -133,7 +133,9 @@ def _sdpa_scores(node: fx.Node, given: Mapping[str, Any], reader: Reader) -> Sco
             conditions.append(read)
             fills.add("zero")
         else:
-            found = separate(apply("add", S, read))
+            total = apply("add", S, read)
+            reader.origins.note(total, node)
+            found = separate(total, reader.origins.inherit)
             term = found.program
             conditions += found.conditions
             # SDPA's softmax gives zeros where everything is -inf
@@ -231,7 +233,7 @@ class _Growth:
         source = _without_row_maximum(self.softmax.source, self.softmax.dim)
         term = _read(self.reader.at, source, place)
         first = self.first_product(term)
-        scores = separate(self.in_terms_of_scores(term, first))
+        scores = separate(self.in_terms_of_scores(term, first), self.reader.origins.inherit)
         left, right = (first.left, first.right) if Q in first.left[1] else (first.right, first.left)
         if Q not in left[1] or K not in right[1]:
             raise NoSite(f"{first.node.name} does not multiply queries by keys", self.agreed)
@@ -341,7 +343,8 @@ class _Growth:
             node, factor = first.added
             bias = _read(self.reader.broadcast, node, loads[0].args[1:])
             score = apply("add", score, bias if factor == 1.0 else apply("mul", bias, constant(factor)))
-        return substitute(term, {loads[0]: score})
+        self.reader.origins.note(score, first.node)
+        return substitute(term, {loads[0]: score}, self.reader.origins.inherit)
 
     def sink(self, source: fx.Node, place: Index) -> Term | None:
         """What softmax normalises over besides the keys: one more column, the same for every row of a head."""

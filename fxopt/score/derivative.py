@@ -36,8 +36,14 @@ def gradients(result: Term) -> dict[Term, Term]:
     if not wanted:
         return {}
     found = zip(wanted, _read(_traced(result, leaves), leaves), strict=True)
-    by_leaf = {leaf: simplified(bottom_up(simplified(term), _merged)) for leaf, term in found if term is not None}
+    by_leaf = {leaf: _simpler(term, frozenset(result.walk())) for leaf, term in found if term is not None}
     return {leaf: term for leaf, term in by_leaf.items() if term.value != 0}
+
+
+def _simpler(term: Term, kept: frozenset[Term]) -> Term:
+    """`term` simplified, but for what it has in common with the function: who asks for both computes that once."""
+    merged = bottom_up(simplified(term, kept), lambda item: item if item in kept else _merged(item))
+    return simplified(merged, kept)
 
 
 def _has_gradient(leaf: Term) -> bool:

@@ -18,7 +18,7 @@ from fxopt.fake import bound_arguments, value_of
 from fxopt.score import calls
 from fxopt.score.index import Unknown, size_term
 from fxopt.score.reader import Reader
-from fxopt.score.term import COMPARISONS, Term, apply, cast_to, constant, substitute, variable
+from fxopt.score.term import COMPARISONS, Note, Term, apply, cast_to, constant, substitute, unnoted, variable
 
 Q, K = variable("q"), variable("k")
 TRUE = constant(True)
@@ -109,17 +109,21 @@ def classify(condition: Term, reader: Reader, queries: Any, keys: Any) -> Mask:
     reader: of the graph that the term's loads come from. queries, keys: sizes of q's and k's axes; may be symbolic.
     """
     found = _Classifier(reader, queries, keys)
-    for part in conjuncts(condition):
+    for part in conjuncts(condition, reader.origins.inherit):
         found.add(part)
     return found.result()
 
 
-def conjuncts(condition: Term) -> Iterator[Term]:
-    """The conditions that `condition` is the conjunction of, in order, comparisons of constants decided."""
+def conjuncts(condition: Term, note: Note = unnoted) -> Iterator[Term]:
+    """The conditions that `condition` is the conjunction of, in order, comparisons of constants decided.
+
+    note: told of what is made on the way, and of which conjunct.
+    """
     term = _simple(condition)
+    note(term, condition)
     if term.op == "and":
         for part in term.args:
-            yield from conjuncts(part)
+            yield from conjuncts(part, note)
     elif term.op == "le" and term.args[0].op == "abs":  # |x| <= w
         (inner,), bound = term.args[0].args, term.args[1]
         yield apply("le", inner, bound)

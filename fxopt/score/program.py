@@ -19,7 +19,7 @@ from fxopt.score.algebra import bottom_up, simplified
 from fxopt.score.derivative import gradients
 from fxopt.score.evaluate import Evaluator
 from fxopt.score.place import AXES, Place, block_of, with_four_axes
-from fxopt.score.term import Term, load, variable
+from fxopt.score.term import Note, Term, load, unnoted, variable
 from fxopt.score.text import ProgramError, parsed, printed
 
 __all__ = ["Derivative", "Program", "ProgramError"]
@@ -44,11 +44,12 @@ class Program:
                 raise ProgramError(f"an index must be an int: {term!r}")
 
     @classmethod
-    def of(cls, term: Term, sources: Sequence[Hashable] = ()) -> tuple[Program, list[Any]]:
+    def of(cls, term: Term, sources: Sequence[Hashable] = (), note: Note = unnoted) -> tuple[Program, list[Any]]:
         """`term` with its sources numbered in order of first reading, and the sources by slot.
 
         sources: those that have slots already. Float loads of one source at different indices get slots of their own
-        (the source is then listed more than once), so that a slot has one derivative; others share theirs.
+        (the source is then listed more than once), so that a slot has one derivative; others share theirs. note: told
+        of every term of the program, and which one of `term` it is.
         """
         slots, taken = list(sources), dict[int, Term]()
 
@@ -63,7 +64,7 @@ class Program:
             taken[slot] = item
             return load(slot, tuple(index), item.kind)
 
-        return cls(bottom_up(term, numbered)), slots
+        return cls(bottom_up(term, numbered, note)), slots
 
     @classmethod
     def parse(cls, text: str) -> Program:

@@ -18,6 +18,7 @@ from fxopt.effects import mutated_storages, storage_of
 from fxopt.fake import arguments, bound_arguments, value_of
 from fxopt.score import calls
 from fxopt.score.index import ONE, ZERO, Index, Indexer, Unknown, is_one, size_term
+from fxopt.score.origins import Origins
 from fxopt.score.term import Kind, Term, apply, cast_to, constant, load
 
 __all__ = ["OUTSIDE", "Reader", "Unknown", "kind_of", "written_in"]
@@ -55,12 +56,15 @@ class Reader:
     mutated: storages that some node of the graph writes to (`written_in`): what reads them is not read through, since
              its value depends on when.
     opaque:  nodes that are not read through, besides those no handler knows.
+
+    `origins` says of every term that was read, and of what its index became on the way, which node it is of.
     """
 
     def __init__(self, extents: Mapping[str, Any], mutated: Iterable[Any] = (), opaque: Iterable[fx.Node] = ()):
         self.indexer = Indexer(extents)
         self.mutated = frozenset(mutated) - {None}
         self.opaque = frozenset(opaque)
+        self.origins = Origins[fx.Node]()
         self._memo: dict[tuple[fx.Node, Index], Term] = {}
 
     def at(self, node: Any, index: Index) -> Term:
@@ -71,7 +75,9 @@ class Reader:
         if not isinstance(value, Tensor):
             return _number(value)
         if (node, index) not in self._memo:
-            self._memo[node, index] = self._read(node, index)
+            self._memo[node, index] = term = self._read(node, index)
+            if node.op == "call_function":  # a graph's input has no line of its own: that of who reads it says more
+                self.origins.note(term, node)
         return self._memo[node, index]
 
     def broadcast(self, node: Any, index: Index) -> Term:
@@ -99,6 +105,8 @@ class Reader:
             return self._read_outside(node, index)
         moved = self.source(node, index)
         if moved is not None:
+            for place in moved[1]:
+                self.origins.note(place, node)
             return self.at(*moved)
         handler = _VALUES.get(calls.name_of(node))
         if handler is None:
@@ -112,7 +120,7 @@ class Reader:
         """An argument of a checkpointed body, read in the graph around it; only what needs no tensor from there."""
         outside = node.meta[OUTSIDE]
         found = Reader({}, written_in(outside.graph))
-        found.indexer = self.indexer
+        found.indexer, found.origins = self.indexer, self.origins
         term = found.at(outside, index)
         return _load(node, index) if any(item.op == "load" for item in term.walk()) else term
 

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from typing import Any
 
-from fxopt.score.term import Term, apply, cast_to, constant
+from fxopt.score.term import Note, Term, apply, cast_to, constant, unnoted
 
 LOW = -1e9
 """A number as low as this, put in a score's place or added to it, masks: its exponential is 0 beside any score that
@@ -40,19 +40,25 @@ class Scores:
 
 
 class _Peeled:
-    def __init__(self) -> None:
+    def __init__(self, note: Note) -> None:
         self.conditions: list[Term] = []
         self.fills: set[str] = set()
+        self.note = note
 
-    def note(self, condition: Term, fill: Any, additive: bool | None) -> None:
+    def add(self, condition: Term, fill: Any, additive: bool | None, masked: Term) -> None:
+        """masked: the term that the condition was taken off."""
+        self.note(condition, masked)
         self.conditions.append(condition)
         finite = "uniform+" if additive else "mixed" if additive is None else "uniform"
         self.fills.add("nan" if fill == -math.inf else finite)
 
 
-def separate(term: Term) -> Scores:
-    """Take masks off `term`, softmax's input as a function of s: what is left is the program."""
-    found = _Peeled()
+def separate(term: Term, note: Note = unnoted) -> Scores:
+    """Take masks off `term`, softmax's input as a function of s: what is left is the program.
+
+    note: told of what is made on the way, and what it was made of.
+    """
+    found = _Peeled(note)
     program = _peel(term, found, additive=False)
     return Scores(program, tuple(found.conditions), frozenset(found.fills))
 
@@ -62,10 +68,10 @@ def _peel(term: Term, found: _Peeled, additive: bool | None) -> Term:
     if term.op == "where":
         condition, one, other = term.args
         if is_low(other):
-            found.note(condition, other.value, additive)
+            found.add(condition, other.value, additive, term)
             return _peel(one, found, additive)
         if is_low(one):
-            found.note(apply("not", condition), one.value, additive)
+            found.add(apply("not", condition), one.value, additive, term)
             return _peel(other, found, additive)
     if term.op == "max" and is_low(term.args[1]):
         return _peel(term.args[0], found, additive)
@@ -73,7 +79,9 @@ def _peel(term: Term, found: _Peeled, additive: bool | None) -> Term:
         one, other = term.args
         left = _peel(one, found, _inside_sum(one))
         right = other if term.op == "sub" else _peel(other, found, _inside_sum(other))
-        return _without_zero(term.op, left, right)
+        total = _without_zero(term.op, left, right)
+        found.note(total, term)
+        return total
     if additive:
         return _peel_choice(term, found)
     return term
@@ -101,7 +109,7 @@ def _peel_choice(term: Term, found: _Peeled) -> Term:
         return term
     for kept, dropped, when in ((*values, condition), (*values[::-1], apply("not", condition))):
         if _low(dropped):
-            found.note(when, dropped, additive=True)
+            found.add(when, dropped, True, term)
             return constant(kept)
     return term
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any, Literal, cast
 
 Kind = Literal["float", "int", "bool"]
@@ -23,6 +23,9 @@ COMPARISONS = frozenset("lt le gt ge eq ne".split())  # noqa: SIM905
 LOGICAL = frozenset(("and", "or", "not"))
 REAL = frozenset("div exp log tanh sqrt rsqrt sigmoid".split())  # noqa: SIM905
 """Operators whose result is a float whatever they are given."""
+
+Note = Callable[["Term", "Term"], object]
+"""Called with (made, old) for each term that rewriting put in the place of another: `fxopt.score.origins` remembers."""
 
 _INTERNED: weakref.WeakValueDictionary[tuple[Any, ...], Term] = weakref.WeakValueDictionary()
 """Weak, since a load holds a node and with it a whole graph."""
@@ -139,7 +142,11 @@ def rebuilt(term: Term, args: Sequence[Any]) -> Term:
     return apply(term.op, *args)
 
 
-def substitute(term: Term, found: Mapping[Term, Term]) -> Term:
+def unnoted(made: Term, old: Term) -> None:
+    """The `Note` of who does not ask."""
+
+
+def substitute(term: Term, found: Mapping[Term, Term], note: Note = unnoted) -> Term:
     """`term` with every term among the keys of `found` replaced by its value."""
     made: dict[Term, Term] = {}
     for item in term.walk():
@@ -152,6 +159,7 @@ def substitute(term: Term, found: Mapping[Term, Term]) -> Term:
             )
         else:
             made[item] = item
+        note(made[item], item)
     return made[term]
 
 

@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
+from unittest import mock
 
 import harness
 import models
 import pytest
 import torch
+from allocations import allocated
 from hypothesis import given, settings
 from norm_cases import BF16, F16, F32, F64, NAMES, Tensors, check, draw, eager, interpreted, ours, plain, problems, step
 from torch import fx
 
 import fxopt
 from fxopt import backend as pipeline
+from fxopt.ops import norm_launch
+from fxopt.ops.launch import launch
 from fxopt.ops.norm import NormSpec
 from fxopt.ops.norm_operator import BACKWARD, FORWARD
+from fxopt.ops.registry import memory_of
 
 SHORT, LONG = 24, 75
 """Widths of one tile (of 32) and of five (of 16), both ragged."""
@@ -180,6 +186,41 @@ def test_rows_shared_by_programs_are_summed_the_same_way_each_time() -> None:
     for name, one in first.items():
         assert one is not None
         assert torch.equal(one, second[name])  # type: ignore[arg-type]
+
+
+def launch_and_let_go(*arguments: Any) -> None:
+    """The interpreter leaves what it was given in reference cycles."""
+    launch(*arguments)
+    gc.collect()
+
+
+@pytest.mark.parametrize("layout", ["dense", "every second value", "expanded upstream"])
+@pytest.mark.parametrize("width", [32, 96])
+@pytest.mark.parametrize(
+    ("kind", "dtype", "parts"), [("rms", BF16, "w"), ("layer", F32, "rwb"), ("layer", BF16, "rwbg")]
+)
+def test_memory_formula_is_what_is_allocated(
+    kind: str, dtype: torch.dtype, parts: str, width: int, layout: str
+) -> None:
+    """Rows of one tile and long ones; what ATen holds at a time (two tensors as large as x) is none of it."""
+    spec = plain(dtype, kind, normalized=F32, affine=F32)
+    tensors = {name: one.detach() for name, one in draw((32, width), dtype, parts).items()}
+    if layout == "every second value":
+        tensors["x"] = torch.cat([tensors["x"]] * 2, 1)[:, ::2]
+    values, constants = [tensors.get(name) for name in NAMES], (*dataclasses.astuple(spec), "interpret")
+    s, vectors, rstd = tensors["x"], values[2:], torch.ones(32, 1)
+    upstream = torch.ones(32, 1, dtype=dtype).expand(32, width) if layout == "expanded upstream" else s.contiguous()
+    stream = s if "r" in parts else None
+    backward = (upstream, stream, s, *vectors, rstd, rstd, *constants, True, *(one is not None for one in vectors))
+    for op, arguments in ((FORWARD, (*values, *constants)), (BACKWARD, backward)):
+        with mock.patch.object(norm_launch, "launch", launch_and_let_go):
+            op(*arguments)
+            most, end = allocated(lambda op=op, arguments=arguments: op(*arguments))
+        formula = memory_of(op, *arguments)
+        assert formula is not None
+        few = 4 * (32 * 2 + width * 4)  # statistics, and what is [H]
+        assert abs(formula.outputs - end) <= few
+        assert most - end - few <= formula.workspace <= 1.5 * (most - end) + few, (op, most - end, formula.workspace)
 
 
 def test_fp64_is_left_to_aten() -> None:

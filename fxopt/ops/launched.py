@@ -1,0 +1,46 @@
+"""Which kernels a call of an operator would launch, forward and backward, found by calling it without launching."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxopt import compat
+from fxopt.kernels.source import Kernel
+from fxopt.ops.launch import Noting
+
+__all__ = ["kernels_of"]
+
+
+def kernels_of(op: Any, args: Sequence[Any], kwargs: Mapping[str, Any], read: Collection[int]) -> tuple[Kernel, ...]:
+    """The kernels of ``op(*args, **kwargs)``, and of its backward where an argument wants its gradient, once each.
+
+    args, kwargs: with fake tensors. Those are stood in for by tensors of the sizes they were traced with, so that no
+    guard is installed. read: which of several results somebody reads, so that they have a gradient.
+
+    Raises what the operator raises.
+    """
+    with compat.FakeTensorMode(), Noting() as noted, torch.enable_grad():
+        given, named = compat.pytree.tree_map(_stand_in, (tuple(args), dict(kwargs)))
+        found = op(*given, **named)
+        outputs = [one for at, one in enumerate(found) if at in read] if isinstance(found, tuple) else [found]
+        inputs, results = ([one for one in _tensors(some) if one.requires_grad] for some in ((given, named), outputs))
+        if inputs and results:
+            with torch.autograd.set_multithreading_enabled(False):
+                torch.autograd.grad(results, inputs, [torch.empty_like(one) for one in results], allow_unused=True)
+    return tuple(noted.kernels)
+
+
+def _stand_in(value: Any) -> Any:
+    if not isinstance(value, Tensor):
+        return compat.size_hint(value)
+    shape, strides = (tuple(map(compat.size_hint, sizes)) for sizes in (value.shape, value.stride()))
+    made = torch.empty_strided(shape, strides, dtype=value.dtype, device=value.device)
+    return made.requires_grad_(value.requires_grad)
+
+
+def _tensors(values: Any) -> list[Tensor]:
+    return [one for one in compat.pytree.tree_leaves(values) if isinstance(one, Tensor)]
