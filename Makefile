@@ -40,6 +40,7 @@ bench: $(READY)  ## measure on this machine and rewrite the README's table (abou
 	$(BIN)/python bench/compile_time.py --json $(RESULTS)/compile_time.json || code=1; \
 	$(BIN)/python bench/linear_cross_entropy.py --json $(RESULTS)/linear_cross_entropy.json || code=1; \
 	$(BIN)/python bench/norm.py --json $(RESULTS)/norm.json || code=1; \
+	$(BIN)/python bench/precision.py --json $(RESULTS)/precision.json || code=1; \
 	$(BIN)/python bench/readme.py && exit $$code
 
 bench-gpu: $(READY)  ## check and time the kernels on this machine's GPU (9 minutes; docs/gpu.md)

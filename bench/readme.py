@@ -1,4 +1,4 @@
-"""Rewrite the README's measured table from the JSON of the last benchmark run.
+"""Rewrite what the README and docs/precision.md say was measured, from the JSON of the last benchmark runs.
 
 python bench/readme.py           rewrite the text between the markers
 python bench/readme.py --check   only say whether it is what the JSON says
@@ -11,6 +11,7 @@ import sys
 from typing import Any
 
 from measure import RESULTS, ROOT, busy_warning, machine_line
+from precision import AUTOCAST, FP32, OURS, TARGETS, curve_summary, mean_error
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 
@@ -70,14 +71,105 @@ def measured_text() -> str:
         *step_table(step),
         "",
         share_line(load("compile_time")),
+        "",
+        precision_line(load("precision")),
     ]
     return "\n".join(lines)
+
+
+def precision_line(result: dict[str, Any]) -> str:
+    """Return what a mixed-precision step takes in a sentence."""
+    ratios = result["time"]["ratios"]
+    return (
+        'In mixed precision, `options={"precision": "bf16"}`, a step of the same Llama takes '
+        f"{ratios['time against autocast']:.2f}x the time and {ratios['memory against autocast']:.2f}x the memory of "
+        f"Inductor under autocast, and {ratios['time against fp32']:.2f}x the time of Inductor in fp32 "
+        f"([docs/precision.md](docs/precision.md#measured); {machine_line(result['machine'])})."
+    )
+
+
+def precision_text() -> str:
+    """Return what stands between the markers of docs/precision.md."""
+    result = load("precision")
+    warning = busy_warning(result["machine"])
+    lines = [
+        f"Measured by `bench/precision.py` on {result['machine']['date'][:10]}, on {machine_line(result['machine'])}.",
+        *([warning] if warning else []),
+        "",
+        *time_table(result["time"]),
+        "",
+        "Casts between floating dtypes in the joint graph that the partitioner gets, forward and backward:",
+        "",
+        *casts_table(result["casts"]),
+        "",
+        "Relative error against fp64 under Inductor: of all gradients together (geometric mean over "
+        f"{len(next(iter(result['errors'].values()))['fxopt'])} seeds) and of the loss (root mean square):",
+        "",
+        *errors_table(result["errors"]),
+        "",
+        curve_line(result["curve"]),
+    ]
+    return "\n".join(lines)
+
+
+def time_table(found: dict[str, Any]) -> list[str]:
+    """Return steps and memory of the 4-layer Llama in Markdown."""
+    about = {
+        FP32: "Inductor, fp32",
+        AUTOCAST: "Inductor under bf16 autocast",
+        OURS: 'fxopt, `precision="bf16"`',
+    }
+    lines = ["| 4-layer Llama, 4 x 512 | step, ms | peak memory over rest, MiB |", "|---|--:|--:|"]
+    for name, samples in found["samples"].items():
+        step, memory = (statistics.median(samples[key]) for key in ("step", "memory"))
+        lines.append(f"| {about[name]} | {step:,.0f} | {memory:,.0f} |")
+    said = [
+        f"{name} {ratio:.2f}x" + (f" (target {TARGETS[name]:.2f}x)" if name in TARGETS else "")
+        for name, ratio in found["ratios"].items()
+    ]
+    return [*lines, "", f"Ratios, medians over turns: {', '.join(said)}."]
+
+
+def casts_table(found: dict[str, Any]) -> list[str]:
+    """Return casts by model in Markdown."""
+    lines = ["| model | autocast | fxopt | autocast, MiB | fxopt, MiB |", "|---|--:|--:|--:|--:|"]
+    for name, one in found.items():
+        both = one["autocast"], one["fxopt"]
+        cells = [*(str(x["nodes"]) for x in both), *(f"{x['bytes'] / 2**20:.1f}" for x in both)]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return lines
+
+
+def errors_table(found: dict[str, Any]) -> list[str]:
+    """Return errors by model in Markdown, fxopt's with its ratio to autocast's."""
+    lines = ["| model | gradients, autocast | fxopt | loss, autocast | fxopt |", "|---|--:|--:|--:|--:|"]
+    for name, one in found.items():
+        cells = []
+        for what in ("gradients", "loss"):
+            base, ours = (mean_error(one[who], what) for who in ("autocast", "fxopt"))
+            cells += [f"{base:.2e}", f"{ours:.2e} ({ours / base:.2f}x)"]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return lines
+
+
+def curve_line(found: dict[str, Any]) -> str:
+    """Return how far training in bf16 is from fp32 in a sentence."""
+    apart, spread = curve_summary(found).values()
+    seeds, steps = len(found[FP32]), len(found[FP32][0])
+    return (
+        f"Training the demo's model for {steps} steps from {seeds} seeds: over the last half the loss in bf16 is on "
+        f"average {apart:.4f} from that in fp32 of its seed (the worst seed), and two seeds in fp32 are {spread:.4f} "
+        "from one another (the nearest two)."
+    )
+
+
+PAGES = {"README.md": measured_text, "docs/precision.md": precision_text}
 
 
 def replaced(readme: str, text: str) -> str:
     """Return `readme` with `text` between the markers; ValueError where they are not there once, in order."""
     if readme.count(BEGIN) != 1 or readme.count(END) != 1 or readme.index(BEGIN) > readme.index(END):
-        raise ValueError(f"the README must hold {BEGIN} and then {END}, once each")
+        raise ValueError(f"the page must hold {BEGIN} and then {END}, once each")
     before, _, rest = readme.partition(BEGIN)
     return f"{before}{BEGIN}\n{text}\n{END}{rest.partition(END)[2]}"
 
@@ -88,15 +180,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=about)
     parser.add_argument("--check", action="store_true", help="write nothing, return 1 on a difference")
     options = parser.parse_args()
-    path = ROOT / "README.md"
-    old = path.read_text()
-    new = replaced(old, measured_text())
-    if not options.check:
-        path.write_text(new)
-    elif new != old:
-        print("the README's table is not what bench/results says: run python bench/readme.py")
-        return 1
-    return 0
+    stale = []
+    for name, text in PAGES.items():
+        path = ROOT / name
+        old = path.read_text()
+        new = replaced(old, text())
+        if not options.check:
+            path.write_text(new)
+        elif new != old:
+            stale.append(name)
+    if stale:
+        print(f"{', '.join(stale)}: not what bench/results says; run python bench/readme.py")
+    return 1 if stale else 0
 
 
 if __name__ == "__main__":
