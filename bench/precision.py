@@ -182,21 +182,31 @@ def loss_error(found: Step, exact: Step) -> float:
 
 
 def measure_errors(options: argparse.Namespace, console: Console) -> dict[str, Any]:
-    """By model, a list over seeds of the errors of both."""
-    found: dict[str, Any] = {name: {"autocast": [], "fxopt": []} for name in MODELS}
-    todo = [(name, seed) for name in MODELS for seed in range(options.seeds)]
-    for name, seed in track(todo, "errors", console=console, transient=True):
-        model, inputs = build(name, seed)
-        exact = truth(model, inputs)
-        for who, how, context in (
-            ("autocast", {"backend": "inductor"}, autocast),
-            ("fxopt", {"backend": "fxopt", "options": {"precision": "bf16"}}, partial(autocast, enabled=False)),
-        ):
-            twin = copy.deepcopy(model)
-            torch.compiler.reset()
-            done = step(torch.compile(twin, **how), inputs, parameters=twin, context=context)
-            found[name][who].append({"gradients": gradient_error(done, exact), "loss": loss_error(done, exact)})
+    """By model, a list over seeds of the errors of both; each is compiled once and gets the weights of every seed."""
+    found: dict[str, Any] = {}
+    for name in track(MODELS, "errors", console=console, transient=True):
+        torch.compiler.reset()
+        steps = {"autocast": one_step(name, AUTOCAST), "fxopt": one_step(name, OURS)}
+        found[name] = {who: [] for who in steps}
+        for seed in range(options.seeds):
+            model, inputs = build(name, seed)
+            exact = truth(model, inputs)
+            for who, run in steps.items():
+                done = run(model.state_dict(), inputs)
+                found[name][who].append({"gradients": gradient_error(done, exact), "loss": loss_error(done, exact)})
     return found
+
+
+def one_step(name: str, backend: str) -> Callable[[dict[str, Any], dict[str, Any]], Step]:
+    """A function of weights and inputs: one step of model `name` under `backend`."""
+    model, _ = build(name)
+    call = compile_as(model, backend)
+
+    def run(weights: dict[str, Any], inputs: dict[str, Any]) -> Step:
+        model.load_state_dict(weights)
+        return step(call, inputs, parameters=model)
+
+    return run
 
 
 def mean_error(errors: Sequence[dict[str, float]], what: str) -> float:

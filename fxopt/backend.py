@@ -1,4 +1,4 @@
-"""The pipeline: capture, rewrite, outputs, precision, compile. What ``torch.compile(model, backend="fxopt")`` calls."""
+"""The pipeline: capture, precision, rewrite, outputs, compile. What ``torch.compile(model, backend="fxopt")`` calls."""
 
 from __future__ import annotations
 
@@ -80,15 +80,18 @@ def run(
     """
     stages, nothing = Stages(gm, options, name), list[str]()
     graph = stages.run("capture", lambda: capture(gm, stages), otherwise=gm)
-    graph, deferrable = stages.run(
-        "rewrite", lambda: rewrite(graph, inputs, stages, chooser), otherwise=(graph, nothing)
-    )
-    graph, plan = stages.run("outputs", lambda: defer(graph, deferrable, stages), otherwise=(graph, OutputPlan()))
-    ambient: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+    mixed: precision.Precision | None = None
     if options.precision is not None:
-        graph, ambient = stages.run("precision", lambda: cast(graph, stages), otherwise=(graph, ambient))
-    stages.dump_kernels(graph)
-    with ambient:
+        graph, mixed = stages.run("precision", lambda: cast(graph, stages), otherwise=(graph, mixed))
+    with contextlib.nullcontext() if mixed is None else without_autocast():  # its casts are all that there are
+        graph, deferrable = stages.run(
+            "rewrite", lambda: rewrite(graph, inputs, stages, chooser), otherwise=(graph, nothing)
+        )
+        graph, plan = stages.run("outputs", lambda: defer(graph, deferrable, stages), otherwise=(graph, OutputPlan()))
+        if mixed is not None:
+            stages.report.casts = precision.casts_in(graph)
+            stages.report.notes.append(mixed.note(stages.report.casts))
+        stages.dump_kernels(graph)
         compiled = stages.run("compile", lambda: plan.wrap(compiler(graph, inputs)), otherwise=None)
     return stages.finish(), compiled or compiler(gm, inputs)
 
@@ -102,10 +105,20 @@ def capture(gm: fx.GraphModule, stages: Stages) -> fx.GraphModule:
     return captured.module
 
 
+def cast(gm: fx.GraphModule, stages: Stages) -> tuple[fx.GraphModule, precision.Precision | None]:
+    """Stage 2: explicit casts. What follows is done without ambient autocast."""
+    policy = stages.options.precision
+    assert policy is not None
+    found = precision.apply(gm, policy)
+    precision.check_patterns(policy, found.paths, compat.ends_in_break(stages.gm))
+    stages.report.notes += [f"{name} stays in fp32: {reason}" for name, reason in found.kept]
+    return found.module, found
+
+
 def rewrite(
     gm: fx.GraphModule, inputs: Sequence[Any], stages: Stages, chooser: Chooses | None
 ) -> tuple[fx.GraphModule, list[str]]:
-    """Stage 2: each rule in turn, on the graph the last one left. A rule that fails is left out of this graph."""
+    """Stage 3: each rule in turn, on the graph the last one left. A rule that fails is left out of this graph."""
     deferrable: list[str] = []
     measuring = None if chooser is None else _Timed(chooser, stages)
     for rule in stages.options.active_rules():
@@ -146,24 +159,13 @@ class _Timed:
 
 
 def defer(gm: fx.GraphModule, names: Sequence[str], stages: Stages) -> tuple[fx.GraphModule, OutputPlan]:
-    """Stage 3: outputs that only the caller may read leave the graph."""
+    """Stage 4: outputs that only the caller may read leave the graph."""
     if not names:
         return gm, OutputPlan()
     graph = copy_module(gm)
     plan = defer_outputs(graph, names)
     stages.report.deferred += [item.projection.name for item in plan.deferred]
     return graph, plan
-
-
-def cast(gm: fx.GraphModule, stages: Stages) -> tuple[fx.GraphModule, contextlib.AbstractContextManager[None]]:
-    """Stage 4: explicit casts. Returns the graph and what to compile it within: its casts are all that there are."""
-    policy = stages.options.precision
-    assert policy is not None
-    found = precision.apply(gm, policy)
-    precision.check_patterns(policy, found.paths, compat.ends_in_break(stages.gm))
-    stages.report.casts = found.casts
-    stages.report.notes += [found.note, *(f"{name} stays in fp32: {reason}" for name, reason in found.kept)]
-    return found.module, without_autocast()
 
 
 def explain(

@@ -17,7 +17,7 @@ from fxopt.effects import storages_of
 from fxopt.fake import value_of
 from fxopt.rule import Place, provenance_of
 
-__all__ = ["MARK", "VIEWS", "Cast", "Casts", "casts_of", "dtype_name", "is_float"]
+__all__ = ["MARK", "VIEWS", "Cast", "Casts", "casts_of", "dtype_name", "is_float", "is_made"]
 
 aten = torch.ops.aten
 
@@ -134,8 +134,11 @@ class Casts:
         return size_of(source, source.dtype) <= size_of(result, source.dtype)
 
     def cast(self, node: fx.Node, dtype: torch.dtype, reason: str, reader: fx.Node) -> fx.Node:
-        made = self.graph.call_function(aten.to.dtype, (node, dtype))
-        made.meta.update(provenance_of(reader), val=value_of(node).to(dtype), **{MARK: reason})
+        name = f"{node.name}_{dtype_name(dtype)}"
+        made = self.graph.create_node("call_function", aten.to.dtype, (node, dtype), name=name)
+        # An output of the graph has no place in the user's code.
+        place = provenance_of(node if reader.op == "output" else reader)
+        made.meta.update(place, val=value_of(node).to(dtype), **{MARK: reason})
         return made
 
     def moved(self, node: fx.Node, source: fx.Node) -> fx.Node:
@@ -159,10 +162,15 @@ class Casts:
         return count, total
 
 
+def is_made(node: fx.Node) -> bool:
+    """Whether `node` is a cast of ours, that is of ``options={"precision": ...}``."""
+    return MARK in node.meta
+
+
 def casts_of(graph: fx.Graph) -> Iterator[Cast]:
     """The casts of ours that a finished, propagated graph holds."""
     for node in graph.nodes:
-        if MARK in node.meta:
+        if is_made(node):
             source: Any = node.args[0]
             before, after = value_of(source), value_of(node)
             yield Cast(

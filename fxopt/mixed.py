@@ -19,10 +19,9 @@ from fxopt import compat
 from fxopt.casts import MARK, VIEWS, Casts, dtype_name, is_float
 from fxopt.effects import mutated_storages, mutates, storages_of
 from fxopt.fake import arguments, bound_arguments, value_of
-from fxopt.ops.recast import ALIKE, CONSTANTS
 from fxopt.ops.support import lacks
 from fxopt.policy import LOW_ARGUMENTS, Class, Policy, operator_name
-from fxopt.rule import MODULES, Place, module_path
+from fxopt.rule import Place, module_path
 
 __all__ = ["Mixed"]
 
@@ -71,8 +70,7 @@ class Mixed:
         self.one_by_one = (self.one_by_one[0] + casts[0], self.one_by_one[1] + casts[1])
 
     def visit(self, node: fx.Node) -> None:
-        modules = node.meta.get(MODULES) or (module_path(node),)
-        self.paths.update(modules)
+        self.paths.add(module_path(node))
         if node.op == "output":
             self.graph.output(self.returned(node))
         elif node.target in (compat.ENTER_AUTOCAST, compat.EXIT_AUTOCAST):
@@ -82,7 +80,7 @@ class Mixed:
         elif node.target is compat.tag_activation_checkpoint:
             self.enter(node)
         else:
-            self.compute(node, modules)
+            self.compute(node)
 
     def is_plumbing(self, node: fx.Node) -> bool:
         """Nodes without a dtype: sizes, and the parts of a tuple."""
@@ -103,8 +101,8 @@ class Mixed:
 
     # --- operators ---
 
-    def compute(self, node: fx.Node, modules: Sequence[str]) -> None:
-        chosen, reason = self.class_of(node, modules)
+    def compute(self, node: fx.Node) -> None:
+        chosen, reason = self.class_of(node)
         if chosen is None:
             self.emit(node, lambda one: self.as_before(one, node, reason))
         elif chosen == "low":
@@ -114,19 +112,19 @@ class Mixed:
         else:
             self.follow(node)
 
-    def class_of(self, node: fx.Node, modules: Sequence[str]) -> tuple[Class | None, str]:
+    def class_of(self, node: fx.Node) -> tuple[Class | None, str]:
         """The class that `node` computes in, None for the dtypes it had, and the reason for a cast or for no cast."""
         if not isinstance(node.target, compat.OpOverload) or "kept" in node.meta or mutates(node):
             return None, "it must have the dtype it had"
         if not storages_of(value_of(node)).isdisjoint(self.written):
             return None, "it is written to in place"
         chosen = self.policy.class_of(node.target)
-        reason = self.why_kept(node, modules)
+        reason = self.why_kept(node)
         if reason and chosen == "low":
             self.kept.append((node.name, f"{reason} ({Place.of(node)})"))
         if reason:
             return None, reason
-        if operator_name(node.target).split("::")[0] not in ("aten", "fxopt", "prims") and chosen == "follow":
+        if operator_name(node.target).split("::")[0] not in ("aten", "prims") and chosen == "follow":
             return None, "an operator of which nothing is known"
         if chosen == "low" and (why := self.why_not_low(node)):
             self.kept.append((node.name, f"{why} ({Place.of(node)})"))
@@ -145,10 +143,10 @@ class Mixed:
         summed = any(self.policy.class_of(user.target) == "fp32" for user in node.users)
         return self.policy.compute == torch.bfloat16 and arguments(node)[1] in (2, 3, 4) and not summed
 
-    def why_kept(self, node: fx.Node, modules: Sequence[str]) -> str:
+    def why_kept(self, node: fx.Node) -> str:
         if self.regions and not self.regions[-1]:
             return "autocast is switched off here"
-        pattern = self.policy.keeps(modules)
+        pattern = self.policy.keeps(module_path(node))
         return f"keep_fp32 has {pattern!r}" if pattern else ""
 
     def why_not_low(self, node: fx.Node) -> str:
@@ -189,10 +187,6 @@ class Mixed:
         """An operator in the dtypes it is given; in fp32 where 16 bits would change what it says."""
         if node.target is aten.to.dtype and self.is_idle(node):
             self.env[node] = self.env[arguments(node)[0]]
-            return
-        if node.target is aten.to.dtype and "rule" in node.meta and is_float(value_of(arguments(node)[0])):
-            reason = f"{node.meta['rule']} computes in {dtype_name(value_of(node).dtype)}"
-            self.env[node] = self.cast(arguments(node)[0], value_of(node).dtype, node, reason)
             return
         floats = [one for one in node.all_input_nodes if is_float(value_of(self.env[one]))]
         narrow = [one for one in floats if value_of(self.env[one]).dtype != torch.float32]
@@ -276,39 +270,22 @@ class Mixed:
     def emit(self, node: fx.Node, change: Callable[[fx.Node], fx.Node]) -> None:
         """`node` on arguments brought to their dtypes by `change`; where it refuses them, all in the widest."""
         arranged = {one: change(one) for one in node.all_input_nodes}
-        if names := ALIKE.get(operator_name(node.target)):
-            alike = [one for name, one in bound_arguments(node).items() if name in names]
-            self.make_alike(alike, arranged, node, self.policy.residual)
         try:
             self.place(node, arranged)
         except Exception:  # some operators take inputs of one dtype only, and only calling them tells which
-            self.make_alike(node.all_input_nodes, arranged, node, torch.float32)
-            self.place(node, arranged)
-
-    def make_alike(
-        self, ones: Sequence[Any], arranged: dict[fx.Node, fx.Node], node: fx.Node, dtype: torch.dtype
-    ) -> None:
-        """Bring `ones`, of the old graph, to `dtype` if their dtypes now differ."""
-        floats = [one for one in ones if isinstance(one, fx.Node) and is_float(value_of(arranged[one]))]
-        if len({value_of(arranged[one]).dtype for one in floats}) > 1:
+            floats = [one for one in node.all_input_nodes if is_float(value_of(arranged[one]))]
+            if len({value_of(arranged[one]).dtype for one in floats}) < 2:
+                raise
             for one in floats:
-                arranged[one] = self.casts.to(arranged[one], dtype, "the operator takes one dtype", node)
+                arranged[one] = self.casts.to(arranged[one], torch.float32, "the operator takes one dtype", node)
+            self.place(node, arranged)
 
     def place(self, node: fx.Node, arranged: dict[fx.Node, fx.Node]) -> None:
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), arranged.__getitem__)
-        if decide := CONSTANTS.get(operator_name(node.target)):
-            args, kwargs = self.decided(node, args, kwargs, decide)
         value = self.value(node, arranged, args, kwargs)
         new = self.graph.create_node(node.op, node.target, args, kwargs, node.name, node.type)
         new.meta = dict(node.meta) | {"val": value}
         self.put(node, new)
-
-    def decided(self, node: fx.Node, args: Any, kwargs: Any, decide: Callable[[Any], Any]) -> tuple[Any, Any]:
-        """The arguments with the constants that follow from the new dtypes."""
-        target: Any = node.target
-        names = [argument.name for argument in target._schema.arguments]
-        given = bound_arguments(node) | dict(zip(names, args, strict=False)) | dict(kwargs)
-        return tuple((given | decide({name: value_of(one) for name, one in given.items()})).values()), {}
 
     def value(self, node: fx.Node, arranged: dict[fx.Node, fx.Node], args: Any, kwargs: Any) -> Any:
         """What `node` gives on the new arguments. It is only run where a dtype may be another one."""

@@ -15,6 +15,7 @@ import torch
 from torch import fx
 
 from fxopt import compat
+from fxopt.casts import is_made
 from fxopt.deferred import Projection, deferred
 from fxopt.fake import arguments, propagate, value_of
 from fxopt.projection import check_moves, moved_rows, projection_of
@@ -98,6 +99,11 @@ def defer_outputs(gm: fx.GraphModule, names: Sequence[str]) -> OutputPlan:
     return OutputPlan(tuple(found), count)
 
 
+def _before_cast(node: fx.Node) -> fx.Node:
+    """What a cast of fxopt's casts: at run time autocast does that again, and no copy is kept until then."""
+    return arguments(node)[0] if is_made(node) else node
+
+
 def _defer(graph: fx.Graph, node: fx.Node, indices: tuple[int, ...], results: list[Any]) -> DeferredOutput:
     source = projection_of(node)
     moves = source.moves()
@@ -107,14 +113,16 @@ def _defer(graph: fx.Graph, node: fx.Node, indices: tuple[int, ...], results: li
         hidden = graph.graph_copy(rows, {next(iter(rows.nodes)): source.hidden})
     for index in indices:
         results[index] = hidden
-    projection = Projection(
-        _tail(source.pointwise), value_of(node).dtype, source.linear.meta.get("autocast"), _name(node)
-    )
+    weight, bias, autocast = source.weight, source.bias, source.linear.meta.get("autocast")
+    if is_made(weight):
+        weight, autocast = _before_cast(weight), value_of(weight).dtype
+        bias = None if bias is None else _before_cast(bias)
+    projection = Projection(_tail(source.pointwise), value_of(node).dtype, autocast, _name(node))
     return DeferredOutput(
         indices,
         Source("output", indices[0]),
-        _source(source.weight, results),
-        None if source.bias is None else _source(source.bias, results),
+        _source(weight, results),
+        None if bias is None else _source(bias, results),
         source.transposed,
         projection,
     )

@@ -52,15 +52,11 @@ _FP32 = """
 TABLE: Mapping[str, Class] = {
     **{f"aten::{name}": "low" for name in _LOW.split()},
     **{f"aten::{name}": "fp32" for name in _FP32.split()},
-    "fxopt::attention": "low",
-    "fxopt::linear_cross_entropy": "low",
 }
 """Operators by name, all overloads alike; what is not listed follows. As autocast has it on CUDA (torch/amp docs), and
 by its reasons for what autocast has no row for."""
 
 LOW_ARGUMENTS: Mapping[str, tuple[str, ...]] = {
-    "fxopt::attention": ("q", "k", "v"),
-    "fxopt::linear_cross_entropy": ("hidden", "weight", "bias"),
     "aten::scaled_dot_product_attention": ("query", "key", "value"),
 }
 """What of a "low" operator is cast, where that is not every floating tensor: ``finfo.min`` of an fp32 mask is -inf in
@@ -104,9 +100,9 @@ class Policy:
         name = operator_name(target)
         return dict(self.ops).get(name) or TABLE.get(name, "follow")
 
-    def keeps(self, modules: Sequence[str]) -> str | None:
-        """The first pattern of `keep_fp32` that one of `modules`, paths, matches; None for none."""
-        return next((one for one in self.keep_fp32 if any(matches(one, path) for path in modules)), None)
+    def keeps(self, module: str) -> str | None:
+        """The first pattern of `keep_fp32` that the path `module` matches; None for none."""
+        return next((one for one in self.keep_fp32 if matches(one, module)), None)
 
     def __str__(self) -> str:
         """Words for a report."""

@@ -20,7 +20,6 @@ from fxopt.fake import ambient_state, arguments, propagate, value_of
 from fxopt.legality import illegal, place_of
 from fxopt.match import find_pattern
 from fxopt.rule import (
-    MODULES,
     Cost,
     NoSite,
     Pattern,
@@ -30,7 +29,6 @@ from fxopt.rule import (
     Rewrite,
     Rule,
     Site,
-    module_path,
     provenance_of,
 )
 from fxopt.score.reader import OUTSIDE
@@ -262,7 +260,6 @@ def replace(
         results: Any = graph.graph_copy(new, env)
     made = [node for inner, node in env.items() if inner not in given]
     provenance = provenance_of(anchor)
-    provenance[MODULES] = tuple(dict.fromkeys(map(module_path, site.nodes)))
     for node in made:
         node.meta.update(provenance, rule=site.rule, sites=((site.anchor.name, Place.of(site.anchor)),))
         if site.origins:

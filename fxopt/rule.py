@@ -126,10 +126,6 @@ def module_path(node: fx.Node) -> str:
     return re.sub(r"^(L\.)?(self|fn)?\.?", "", path).replace("._orig_mod", "")
 
 
-MODULES = "modules"
-"""The key in the meta of a node that a rule made: the module paths of all nodes it stands for."""
-
-
 def provenance_of(node: fx.Node) -> dict[str, Any]:
     """What the meta of a node made in place of `node` says of the user's code and of the grad mode."""
     return {key: node.meta[key] for key in ("stack_trace", "nn_module_stack", "grad") if key in node.meta}

@@ -98,11 +98,11 @@ def replacement(
 
 
 def extend(site: Site) -> Site:
-    """Take in the residual add that makes x; the sum stays, as the second result.
+    """Take in the residual add that makes x, whose sum stays as the second result, and the cast that rounds the first.
 
     Where the wider site may not be rewritten as one, the narrow one is kept.
     """
-    site = _with_output(site)
+    site = _with_rounding(_with_output(site))
     total = site.inputs["x"]
     if site.inputs["form"].gate_first or "contiguous" in site.inputs or not _is_residual_add(total):
         return site
@@ -200,6 +200,18 @@ def _with_output(site: Site) -> Site:
     if _strides(out) != _strides(torch.empty_like(x)) and _strides(out) == _strides(x.new_empty(x.shape)):
         noted["contiguous"] = True
     return dataclasses.replace(site, inputs=site.inputs | noted)
+
+
+def _with_rounding(site: Site) -> Site:
+    """With the cast of an fp32 result to 16 bits, where nothing else reads that result: a kernel rounds at no cost."""
+    out, readers = site.anchor, list(site.anchor.users)
+    if len(readers) != 1 or readers[0].target is not aten.to.dtype or value_of(out).dtype != torch.float32:
+        return site
+    rounded = value_of(readers[0])
+    if rounded.dtype not in (torch.bfloat16, torch.float16) or _strides(rounded) != _strides(value_of(out)):
+        return site
+    inputs = site.inputs | {"output": rounded.dtype}
+    return dataclasses.replace(site, outputs=(readers[0],), nodes=(*site.nodes, readers[0]), inputs=inputs)
 
 
 def _is_residual_add(node: Any) -> bool:

@@ -7,17 +7,17 @@ autocast and autocast regions are replaced: a region with ``enabled=False`` keep
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from torch import fx
 
 from fxopt import verify
-from fxopt.casts import MARK, Cast, casts_of
+from fxopt.casts import Cast, casts_of
 from fxopt.errors import OptionError
-from fxopt.fake import arguments, bound_arguments, propagate, without_autocast
+from fxopt.fake import propagate, without_autocast
 from fxopt.mixed import Mixed
-from fxopt.ops.recast import OUTPUT_DTYPE
-from fxopt.policy import Policy, matches, operator_name
+from fxopt.policy import Policy, matches
 from fxopt.rewrite import submodules
 
 
@@ -25,25 +25,23 @@ from fxopt.rewrite import submodules
 class Precision:
     """A graph with its casts.
 
-    module: the graph. casts: those it holds, checkpointed bodies included.
+    module: the graph.
     kept:   (node, reason) of products that stayed in fp32.
     one_by_one: number and bytes of the casts of the same graph if each use had its own, as autocast makes them.
     paths:  the module paths that nodes of the graph come from.
     """
 
     module: fx.GraphModule
-    casts: list[Cast] = field(default_factory=list)
     kept: list[tuple[str, str]] = field(default_factory=list)
     one_by_one: tuple[int, int] = (0, 0)
     paths: set[str] = field(default_factory=set)
 
-    @property
-    def note(self) -> str:
-        """A sentence for the report."""
+    def note(self, casts: Sequence[Cast]) -> str:
+        """A sentence for the report, about the casts that are left when the graph is finished."""
         count, total = self.one_by_one
-        mib = sum(cast.bytes for cast in self.casts) / 2**20
+        mib = sum(cast.bytes for cast in casts) / 2**20
         return (
-            f"{len(self.casts)} casts write {mib:.1f} MiB; one a use, as autocast makes them, "
+            f"{len(casts)} casts write {mib:.1f} MiB; one a use, as autocast makes them, "
             f"{count} would write {total / 2**20:.1f} MiB"
         )
 
@@ -51,37 +49,23 @@ class Precision:
 def apply(gm: fx.GraphModule, policy: Policy) -> Precision:
     """`gm`, canonical and propagated, with every cast that `policy` asks for; `gm` itself is untouched.
 
-    Outputs keep shapes, dtypes and strides. The result must be compiled without ambient autocast.
+    Outputs keep shapes, dtypes and strides. What follows must be done without ambient autocast.
     Raises `verify.VerificationError` if the interface changed.
     """
     with without_autocast():
         mixed = Mixed(gm, policy)
         module = mixed.run()
         for one in submodules(module):
-            _round_in_operators(one)
             one.graph.eliminate_dead_code(lambda node: not verify.is_removable(node))
             one.recompile()
             propagate(one)
     verify.same_interface(gm, module)
-    casts = [cast for one in submodules(module) for cast in casts_of(one.graph)]
-    return Precision(module, casts, mixed.kept, mixed.one_by_one, mixed.paths)
+    return Precision(module, mixed.kept, mixed.one_by_one, mixed.paths)
 
 
-def _round_in_operators(gm: fx.GraphModule) -> None:
-    """Operators of which all readers want 16 bits round their result themselves (`OUTPUT_DTYPE`)."""
-    for node in gm.graph.nodes:
-        constant = OUTPUT_DTYPE.get(operator_name(node.target))
-        if constant is None:
-            continue
-        results = [user for user in node.users if arguments(user)[1] == 0]
-        casts = [reader for result in results for reader in result.users]
-        dtypes = {arguments(cast)[1] for cast in casts if MARK in cast.meta}
-        if len(dtypes) == 1 and all(MARK in cast.meta for cast in casts):
-            given = bound_arguments(node) | {constant: dtypes.pop()}
-            node.args, node.kwargs = tuple(given.values()), {}
-            for cast in casts:
-                cast.replace_all_uses_with(arguments(cast)[0])
-                gm.graph.erase_node(cast)
+def casts_in(gm: fx.GraphModule) -> list[Cast]:
+    """The casts of fxopt's that `gm` holds, bodies of checkpoints included."""
+    return [cast for one in submodules(gm) for cast in casts_of(one.graph)]
 
 
 _EARLIER: set[str] = set()

@@ -21,6 +21,8 @@ TESTS = Path(__file__).resolve().parent
 ROWS = BATCH * SEQ
 DECODED = SEQ - 4
 """Positions of t5's decoder (`models._seq2seq`)."""
+HEAD = f"{BATCH} x {SEQ} rows x {VOCAB} classes, bfloat16; generated kernels"
+SDPA = "torch's scaled_dot_product_attention"
 LAUNCHES = {
     "forward": "Lse Out",
     "backward": ["Delta", "ByQ", "ByK ByV"],
@@ -99,7 +101,7 @@ def test_decoders_are_rewritten_to_launches() -> None:
     for answer in found.values():
         assert answer.graph["notes"] == []
         assert answer.graph["refusals"] == []
-        assert answer.details("linear_cross_entropy") == [f"{BATCH} x {SEQ} rows x {VOCAB} classes, bfloat16"]
+        assert answer.details("linear_cross_entropy") == [HEAD]
         assert {device for node in answer.joint for device in node["devices"]} == {"cuda"}
         answer.attends(2)
         answer.holds_nothing_large()
@@ -170,7 +172,7 @@ def test_what_no_kernel_takes_goes_through_with_a_sentence() -> None:
         "Inductor fuses this norm as well, and for float64 on cuda with kernels='auto' fxopt has no kernel of its own"
     )
     assert fp64.reasons("norm") == [sentence] * 5
-    assert [item.split("; ")[1] for item in fp64.details("attention")] == ["scaled_dot_product_attention"] * 2
+    assert [item.split("; ")[1] for item in fp64.details("attention")] == [SDPA] * 2
     assert not fp64.launches()
     assert fp64.calls("fxopt.linear_cross_entropy") == 1
     assert not fp64.ending_in(ROWS, VOCAB)
@@ -190,7 +192,7 @@ def test_by_aten_there_are_no_launches() -> None:
             "fxopt has no kernel of its own"
         }
         assert len(answer.details("linear_cross_entropy")) == 1
-    assert [item.split("; ")[1] for item in found["llama"].details("attention")] == ["scaled_dot_product_attention"] * 2
+    assert [item.split("; ")[1] for item in found["llama"].details("attention")] == [SDPA] * 2
     assert found["llama"].calls("aten._scaled_dot_product_flash_attention.default") == 2
     found["llama"].holds_nothing_large()
     assert found["gemma2"].reasons("attention") == [
@@ -232,9 +234,18 @@ def test_a_backend_of_sdpa_that_is_chosen_is_what_is_in_the_graph() -> None:
     assert len(found["inductor"].graph["refusals"]) == 8
 
 
-def test_autocast_decides_the_dtype_of_kernels() -> None:
-    found = ask(llama=model("llama") | {"dtype": "float32", "autocast": "bfloat16"})["llama"]
-    assert found.graph["refusals"] == []
-    assert found.details("linear_cross_entropy") == [f"{BATCH} x {SEQ} rows x {VOCAB} classes, bfloat16"]
-    found.attends(2)
-    found.holds_nothing_large()
+def test_mixed_precision_decides_the_dtype_of_kernels() -> None:
+    """Under autocast, and by explicit casts: then norms round their results, and no launch is followed by a cast."""
+    wide = model("llama") | {"dtype": "float32"}
+    found = ask(autocast=wide | {"autocast": "bfloat16"}, explicit=wide | {"options": {"precision": "bf16"}})
+    for answer in found.values():
+        assert answer.graph["refusals"] == []
+        assert answer.details("linear_cross_entropy") == [HEAD]
+        assert len(answer.details("norm")) == 5
+        answer.attends(2)
+        answer.holds_nothing_large()
+    casts = {name: answer.calls("aten._to_copy") for name, answer in found.items()}
+    assert casts["explicit"] < casts["autocast"]
+    assert {cast["reason"] for cast in found["explicit"].graph["casts"]} == {
+        "aten::linear computes in 16 bits", "aten::matmul computes in 16 bits",
+    }  # fmt: skip

@@ -12,8 +12,6 @@ import torch
 from torch import Tensor
 
 from fxopt import compat
-from fxopt.ops.attention import attention
-from fxopt.ops.linear_cross_entropy import linear_cross_entropy
 
 __all__ = ["lacks"]
 
@@ -69,10 +67,6 @@ _PRODUCTS: dict[str, Callable[[Make], Tensor]] = {
     "aten::convolution": _convolution(2, False),
     "aten::scaled_dot_product_attention": lambda make: aten.scaled_dot_product_attention.default(
         make(1, 1, 4, 8), make(1, 1, 4, 8), make(1, 1, 4, 8)
-    ),
-    "fxopt::attention": lambda make: attention(make(1, 1, 4, 8), make(1, 1, 4, 8), make(1, 1, 4, 8), upper=0),
-    "fxopt::linear_cross_entropy": lambda make: linear_cross_entropy(
-        make(4, 8), make(16, 8), None, torch.zeros(4, dtype=torch.int64)
     ),
 }
 """A small call of each product."""
