@@ -1,7 +1,7 @@
 """The demo: train the same model on the same batches under several backends, each in a process of its own.
 
     make demo
-    python examples/compare.py --backends inductor,fxopt --steps 100 --layers 8
+    python examples/compare.py --backends inductor,fxopt,fxopt+bf16 --steps 100 --layers 8
 
 Shows the runs as they go, then one table, and writes out/demo.png and out/demo.json. The training itself is
 train_llama.py.
@@ -110,7 +110,9 @@ def train_all(options: argparse.Namespace, tokens: Path, console: Console) -> li
 def show(runs: list[Run], steps: int, console: Console) -> None:
     """Print one table of all runs and fxopt's verdict."""
     middle = (steps + 1) // 2
-    table = Table(title=f"the same {steps} batches of {BATCH} x {LENGTH} tokens, fp32, {os.cpu_count()} cores")
+    table = Table(
+        title=f"the same {steps} batches of {BATCH} x {LENGTH} tokens, fp32 parameters, {os.cpu_count()} cores"
+    )
     table.add_column("backend")
     for heading in (*(f"loss @{step}" for step in (1, middle, steps)), "ms a step", "peak MiB over rest", "compile s"):
         table.add_column(heading, justify="right")

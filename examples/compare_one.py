@@ -1,6 +1,6 @@
 """One backend's training run in a process of its own; started by compare.py, which reads its lines of JSON.
 
-python examples/compare_one.py BACKEND LAYERS TOKENS_FILE
+python examples/compare_one.py BACKEND[+PRECISION] LAYERS TOKENS_FILE
 """
 
 import json
@@ -24,9 +24,10 @@ def main() -> None:
     """Train on every batch of the file; print a line a step, then one with what the whole run needed."""
     lines = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # whatever libraries print goes to standard error
-    backend, layers, path = sys.argv[1:]
+    name, layers, path = sys.argv[1:]
+    backend, _, precision = name.partition("+")
     data = list(batches(Path(path), BATCH, LENGTH))
-    losses = train(make_model(int(layers)), backend, data)
+    losses = train(make_model(int(layers)), backend, data, precision or None)
     peaks: list[float] = []
     for number in range(len(data)):
         watched = number >= len(data) - WATCHED

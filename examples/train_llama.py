@@ -2,6 +2,7 @@
 
     python examples/train_llama.py                      fxopt
     python examples/train_llama.py --backend inductor   or eager
+    python examples/train_llama.py --precision bf16     fxopt in mixed precision
 
 `train` below is the whole of it: the backend's name is the only thing that changes. `make demo` runs it under three
 backends and compares them (compare.py).
@@ -10,6 +11,7 @@ backends and compares them (compare.py).
 import argparse
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from corpus import batches, prepare
@@ -35,9 +37,15 @@ def make_model(layers: int, seed: int = 0) -> LlamaForCausalLM:
     return LlamaForCausalLM(config).train()
 
 
-def train(model: LlamaForCausalLM, backend: str, data: Iterable[torch.Tensor]) -> Iterator[float]:
-    """Train on every batch of `data`, int64 of shape (batch, length), and yield each loss."""
-    run = model if backend == "eager" else torch.compile(model, backend=backend)
+def train(
+    model: LlamaForCausalLM, backend: str, data: Iterable[torch.Tensor], precision: str | None = None
+) -> Iterator[float]:
+    """Train on every batch of `data`, int64 of shape (batch, length), and yield each loss.
+
+    precision: None, or "bf16" under fxopt.
+    """
+    options: dict[str, Any] | None = {"precision": precision} if precision else None
+    run = model if backend == "eager" else torch.compile(model, backend=backend, options=options)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     for tokens in data:
         loss = run(input_ids=tokens, labels=tokens).loss
@@ -53,10 +61,14 @@ def main() -> None:
     parser.add_argument("--backend", default="fxopt", help="eager, inductor, fxopt, ... (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=20, help="batches to train on (default: %(default)s)")
     parser.add_argument("--layers", type=int, default=4, help="depth of the model (default: %(default)s)")
+    parser.add_argument("--precision", choices=("bf16", "fp16"), help="mixed precision, fxopt only (default: none)")
     options = parser.parse_args()
+    if options.precision and options.backend != "fxopt":
+        parser.error(f"--precision is an option of fxopt, not of {options.backend}")
 
     data = batches(prepare(CACHE, VOCAB, options.steps * BATCH * LENGTH), BATCH, LENGTH)
-    for number, loss in enumerate(train(make_model(options.layers), options.backend, data), start=1):
+    losses = train(make_model(options.layers), options.backend, data, options.precision)
+    for number, loss in enumerate(losses, start=1):
         print(f"step {number:3}  loss {loss:.4f}", flush=True)
 
     if options.backend == "fxopt":

@@ -43,7 +43,8 @@ class Cast:
     node:   its name; source: the name of what is cast.
     before, after: the dtypes ("float32", "bfloat16").
     bytes:  of the result.
-    reason: why it is there. readers: how many nodes read it. place: of the first reader, in the user's code.
+    reason: why it is there. readers: how many nodes read it.
+    place:  where in the user's code what is cast was made; an input's is where it is first read.
     """
 
     node: str
@@ -136,8 +137,8 @@ class Casts:
     def cast(self, node: fx.Node, dtype: torch.dtype, reason: str, reader: fx.Node) -> fx.Node:
         name = f"{node.name}_{dtype_name(dtype)}"
         made = self.graph.create_node("call_function", aten.to.dtype, (node, dtype), name=name)
-        # An output of the graph has no place in the user's code.
-        place = provenance_of(node if reader.op == "output" else reader)
+        # Where the value was made, as the report says of everything; inputs and weights were not made in the graph.
+        place = provenance_of(reader if node.op in ("placeholder", "get_attr") else node)
         made.meta.update(place, val=value_of(node).to(dtype), **{MARK: reason})
         return made
 

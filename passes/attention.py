@@ -19,6 +19,7 @@ from torch import Tensor, fx
 from fxopt.fake import value_of
 from fxopt.kernels.attention_spec import MOST_WIDTH, unsupported
 from fxopt.ops.attention import attention
+from fxopt.ops.flash_tiles import LONG_ROWS
 from fxopt.ops.key_intervals import key_intervals
 from fxopt.ops.launch import kernels_on, runs_triton
 from fxopt.ops.sdpa import backends_for, sdpa
@@ -168,6 +169,8 @@ def computed(site: Site) -> str:
     why_not = _why_no_flash(site)
     if why_not:
         return f"blocks of scores ({why_not})"
+    if site.inputs["compute_dtype"] == torch.bfloat16:
+        return f"blocks of scores in bf16, the flash kernel on tiles of {LONG_ROWS} rows and more"
     if site.inputs["dense"]:
         return "flash kernel with a mask made a block at a time"
     if any(name in _INTERVALS for name, _ in site.inputs["programs"]):
@@ -185,6 +188,8 @@ def _why_no_flash(site: Site) -> str:
         return "the program is not a factor and a bias"
     if site.inputs["dropout"]:
         return "dropout"
+    if site.inputs["compute_dtype"] == torch.float16:
+        return "it takes no fp16"
     if str(depth) != str(width):
         return f"values have {width} entries, keys {depth}"
     return "a bias wants its gradient" if _differentiable(site, program) else ""

@@ -222,6 +222,22 @@ def test_deferred_logits_keep_no_copy_of_the_head() -> None:
     assert float((found - exact).norm()) <= 2 * float((near - exact).norm())
 
 
+@pytest.mark.parametrize("compute", ["bf16", "fp16"])
+def test_compiled_by_inductor(compute: str) -> None:
+    """Through the backend itself, two steps: gradients by the fp64 rule, reports, nothing fallen back."""
+    fxopt.clear_reports()
+    model, inputs = models.build("llama", num_hidden_layers=1)
+    call = torch.compile(model, backend="fxopt", options={"precision": compute})
+    low = {"bf16": BF16, "fp16": FP16}[compute]
+    for _ in range(2):
+        ours = step(call, inputs, parameters=model)
+    eager = step(model, inputs, context=lambda: torch.autocast("cpu", low))
+    compare(ours, eager, truth(model, inputs)).check()
+    (report,) = fxopt.reports()
+    assert {cast.after for cast in report.casts} == {str(low).removeprefix("torch.")}
+    assert not any("left out" in note for note in report.notes)
+
+
 def test_inference_graphs() -> None:
     model, inputs = models.build("qwen3")
     with torch.no_grad():
@@ -501,6 +517,8 @@ def test_the_report_says_why_and_how_much() -> None:
     assert head.reason == "aten::linear computes in 16 bits"
     query = next(cast for cast in report.casts if "q_proj" in cast.source)
     assert query.place.module == "model.layers.0.self_attn.q_proj"
+    stream = next(cast for cast in report.casts if cast.readers == 3)
+    assert stream.place.module == "model.layers.0.input_layernorm"
     text = str(report)
     assert "aten::linear computes in 16 bits" in text
     assert "one a use, as autocast makes them" in text
