@@ -19,6 +19,7 @@ from fxopt.effects import mutated_arguments, storage_of
 from fxopt.fake import value_of
 from fxopt.ops.launch import kernels_on, runs_triton
 from fxopt.ops.norm import NormSpec, norm
+from fxopt.ops.norm_formulas import sum_dtype
 from fxopt.ops.norm_launch import can_compute
 from fxopt.ops.products import accumulate_dtype
 from fxopt.rewrite import illegal
@@ -51,15 +52,15 @@ class Form:
     eps_at: str = "square"
     row_eps: bool = False
 
-    def spec(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float | None) -> NormSpec:
-        """The norm of these tensors."""
-        compute = torch.float32 if self.wide == "float32" else accumulate_dtype(x.dtype)
-        normalized = compute if self.wide else x.dtype
+    def spec(self, x: torch.dtype, weight: Tensor | None, bias: Tensor | None, eps: float | None) -> NormSpec:
+        """The norm of rows of dtype `x`, which is that of the sum where there is one."""
+        compute = torch.float32 if self.wide == "float32" else accumulate_dtype(x)
+        normalized = compute if self.wide else x
         if self.normalized == "x" or (self.normalized and weight is not None and weight.dtype.itemsize < 4):
-            normalized = x.dtype if self.normalized == "x" or weight is None else weight.dtype
+            normalized = x if self.normalized == "x" or weight is None else weight.dtype
         factors = [torch.float32 if self.weight == "float32" else weight.dtype] if weight is not None else []
         affine = functools.reduce(torch.promote_types, [*factors, *([] if bias is None else [bias.dtype])], normalized)
-        output = x.dtype if self.output else affine
+        output = x if self.output else affine
         return NormSpec(
             self.kind, eps, self.eps_at, compute, normalized, self.rounded_rstd, self.offset, affine, output
         )
@@ -87,7 +88,7 @@ def replacement(
         weight = None if weight is None else weight + 1
     if form.row_eps and eps is not None:
         eps = eps / x.shape[-1] ** 0.5
-    spec = form.spec(x, weight, bias, eps)
+    spec = form.spec(sum_dtype(x, residual), weight, bias, eps)
     if output is not None:
         spec = dataclasses.replace(spec, output=output)
     x = x.contiguous() if contiguous else x
@@ -144,10 +145,14 @@ def computed(site: Site) -> str:
 
 
 def _has_kernels(site: Site) -> bool:
-    x = site.value("x")
-    weight, bias, gate = (site.value(name) if name in site.inputs else None for name in ("weight", "bias", "gate"))
-    spec = site.inputs["form"].spec(x, weight, bias, None)
-    return runs_triton(x, site.lowering) and can_compute(x, weight, bias, gate, spec)
+    names = ("residual", "weight", "bias", "gate")
+    x, (residual, weight, bias, gate) = site.value("x"), (_value(site, name) for name in names)
+    spec = site.inputs["form"].spec(sum_dtype(x, residual), weight, bias, None)
+    return runs_triton(x, site.lowering) and can_compute(x, residual, weight, bias, gate, spec)
+
+
+def _value(site: Site, name: str) -> Any:
+    return site.value(name) if name in site.inputs else None
 
 
 def _costs(site: Site) -> Iterator[Cost]:
@@ -169,10 +174,10 @@ def _costs(site: Site) -> Iterator[Cost]:
 def _surprises(site: Site) -> Iterator[str]:
     """Where the op would give another dtype or layout than the graph has: autocast, or an unusual x."""
     x, form = site.value("x"), site.inputs["form"]
-    values = [site.value(name) if name in site.inputs else None for name in ("weight", "bias")]
-    dtype = site.inputs.get("output", form.spec(x, *values, None).output)
+    total, values = sum_dtype(x, _value(site, "residual")), [_value(site, name) for name in ("weight", "bias")]
+    dtype = site.inputs.get("output", form.spec(total, *values, None).output)
     strides = _strides(x.new_empty(x.shape) if "contiguous" in site.inputs else torch.empty_like(x))
-    for node, expected in zip(site.outputs, (dtype, x.dtype), strict=False):
+    for node, expected in zip(site.outputs, (dtype, total), strict=False):
         value = value_of(node)
         if value.dtype != expected:
             yield f"{node.name} is {value.dtype}, and would be {expected}"
@@ -215,16 +220,21 @@ def _with_rounding(site: Site) -> Site:
 
 
 def _is_residual_add(node: Any) -> bool:
-    """Whether `node` adds two tensors of its own shape and dtype."""
+    """Whether `node` adds two tensors of its own shape, alike in dtype or one in 16 bits to an fp32 stream."""
     if not isinstance(node, fx.Node) or node.target is not aten.add.Tensor or len(node.args) != 2 or node.kwargs:
         return False
     values = [value_of(item) for item in node.args]
-    return all(isinstance(value, Tensor) and _facts(value) == _facts(value_of(node)) for value in values)
+    if not all(isinstance(value, Tensor) and value.dtype.is_floating_point for value in values):
+        return False
+    if len({value.dtype for value in values}) > 1 and value_of(node).dtype != torch.float32:
+        return False
+    alike = all(_facts(value) == _facts(value_of(node)) for value in values)
+    return alike and sum_dtype(*values) == value_of(node).dtype
 
 
-def _facts(value: Tensor) -> tuple[str, torch.dtype, str]:
+def _facts(value: Tensor) -> tuple[str, str]:
     """As text: comparing symbolic sizes by value would install guards."""
-    return str(tuple(value.shape)), value.dtype, str(value.device)
+    return str(tuple(value.shape)), str(value.device)
 
 
 def _strides(value: Tensor) -> str:

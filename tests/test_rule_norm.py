@@ -201,6 +201,20 @@ def test_two_norms_of_one_sum_share_it() -> None:
     assert details(outcome) == [f"{found}, with the add before it", found]
 
 
+def test_the_add_of_a_product_in_16_bits_to_an_fp32_stream_is_taken_in() -> None:
+    """What mixed precision makes of a layer; under autocast as by explicit casts."""
+
+    def layer(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        total = x.bfloat16() + residual
+        return rms(total, weight).bfloat16(), total
+
+    outcome = rewritten(layer, *tensors("x", "residual", "weight"))
+    assert [item.endswith("with the add before it") for item in details(outcome)] == [True]
+    assert "aten.add.Tensor" not in rest(outcome)
+    (node,) = (node for node in outcome.module.graph.nodes if node.target is torch.ops.fxopt.norm.default)
+    assert [value.dtype for value in node.meta["val"][:2]] == [torch.bfloat16, torch.float32]
+
+
 @pytest.mark.parametrize(
     "total",
     [

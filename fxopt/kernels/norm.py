@@ -39,7 +39,8 @@ class NormKernelSpec:
 
     width: H. long: whether a row takes several tiles.
     kind, eps, eps_at, normalized, rounded_rstd, offset, affine, output: as in `NormSpec`, whose `compute` is fp32.
-    x, weight, bias, gate: dtypes, "" for what there is not.
+    x, weight, bias, gate: dtypes, "" for what there is not; x's is that of what is normalised, the sum or x itself.
+    terms: forward: the dtypes of x and residual, where those are not both the sum's.
     residual: forward: whether one is added; backward: whether the sum has a gradient of its own.
     by_x, by_weight, by_bias, by_gate: the gradients that are wanted.
     """
@@ -59,6 +60,7 @@ class NormKernelSpec:
     bias: str = ""
     gate: str = ""
     residual: bool = False
+    terms: tuple[str, str] | None = None
     by_x: bool = False
     by_weight: bool = False
     by_bias: bool = False
@@ -109,8 +111,9 @@ def _rendered(name: str, spec: NormKernelSpec) -> Kernel:
 def _arguments(spec: NormKernelSpec) -> list[tuple[str, str]]:
     """All that a kernel may have; it has those that it names."""
     x, weight, bias, gate = (f"*{one}" for one in (spec.x, spec.weight, spec.bias, spec.gate))
+    first, second = (x, x) if spec.terms is None else (f"*{one}" for one in spec.terms)
     pointers = {
-        "Upstream": f"*{spec.output}", "By_stream": x, "X": x, "Residual": x, "Weight": weight, "Bias": bias,
+        "Upstream": f"*{spec.output}", "By_stream": x, "X": first, "Residual": second, "Weight": weight, "Bias": bias,
         "Gate": gate, "Out": f"*{spec.output}", "Stream": x, "Rstd": "*fp32", "Mean": "*fp32", "Along": "*fp32",
         "Middle": "*fp32", "By_x": x, "By_weight": "*fp32", "By_bias": "*fp32", "By_gate": gate,
     }  # fmt: skip

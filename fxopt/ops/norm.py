@@ -27,13 +27,13 @@ def norm(
         x: [..., H], of any strides and floating dtype.
         weight, bias: [H], of any floating dtype, or None.
         spec: which norm, its eps, and where it rounds to which dtype; formulas in `fxopt.ops.norm_formulas`.
-        residual: x's shape and dtype, or None.
+        residual: x's shape and any floating dtype, or None.
         gate: x's shape and any floating dtype, or None.
         lowering: "auto" (Triton kernels on CUDA, else ATen), "aten", or "interpret" (`fxopt.ops.launch`).
 
     Returns:
-        The result [..., H] in ``spec.output``, and ``x + residual`` in x's dtype (None without a residual), both with
-        the strides of ``torch.empty_like(x)``.
+        The result [..., H] in ``spec.output``, and ``x + residual`` in the wider of both dtypes (None without a
+        residual), both with the strides of ``torch.empty_like(x)``.
 
     Raises:
         ValueError, TypeError: for shapes, dtypes or constants that do not fit.
@@ -75,8 +75,6 @@ def _check_tensors(
     for name, one in (("residual", residual), ("gate", gate)):
         if one is not None and one.shape != x.shape:
             raise ValueError(f"{name} must be {list(x.shape)} like x, not {list(one.shape)}")
-    if residual is not None and residual.dtype != x.dtype:
-        raise TypeError(f"residual is {residual.dtype} and x {x.dtype}: they must agree")
-    for one in (x, weight, bias, gate):
+    for one in (x, residual, weight, bias, gate):
         if one is not None and not one.dtype.is_floating_point:
             raise TypeError(f"a norm is of floating dtypes only, not {one.dtype}")

@@ -64,6 +64,11 @@ class NormSpec:
         return torch.finfo(self.compute).eps if self.eps is None else self.eps
 
 
+def sum_dtype(x: Tensor, residual: Tensor | None) -> torch.dtype:
+    """The dtype of ``x + residual``, or of x: of the residual stream after this norm's add."""
+    return x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
+
+
 def forward(
     s: Tensor, weight: Tensor | None, bias: Tensor | None, gate: Tensor | None, spec: NormSpec
 ) -> tuple[Tensor, Tensor, Tensor | None]:

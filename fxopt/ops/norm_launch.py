@@ -30,7 +30,7 @@ from fxopt.kernels.norm import (
 )
 from fxopt.kernels.source import Kernel
 from fxopt.ops.launch import count_blocks, launch, triton_dtype, uninitialized
-from fxopt.ops.norm_formulas import NormSpec
+from fxopt.ops.norm_formulas import NormSpec, sum_dtype
 
 __all__ = ["backward_workspace", "can_compute", "forward", "forward_workspace", "gradients"]
 
@@ -38,9 +38,9 @@ Maybe = Tensor | None
 _DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 
 
-def can_compute(x: Tensor, weight: Maybe, bias: Maybe, gate: Maybe, spec: NormSpec) -> bool:
+def can_compute(x: Tensor, residual: Maybe, weight: Maybe, bias: Maybe, gate: Maybe, spec: NormSpec) -> bool:
     """Whether there are kernels for these: no fp64 anywhere, and rows that are not empty."""
-    dtypes = {one.dtype for one in (x, weight, bias, gate) if one is not None}
+    dtypes = {one.dtype for one in (x, residual, weight, bias, gate) if one is not None}
     return dtypes | {spec.normalized, spec.affine, spec.output} <= _DTYPES and (
         spec.compute == torch.float32 and x.shape[-1] > 0
     )
@@ -54,10 +54,13 @@ def forward(
     The first two have x's strides where x is dense.
     """
     rows = _Rows.of(x)
-    generated = _kernel_spec(x, weight, bias, gate, spec, residual=residual is not None)
+    total = sum_dtype(x, residual)
+    generated = _kernel_spec(
+        x, weight, bias, gate, spec, residual=residual is not None, x=triton_dtype(total), terms=_terms(x, residual)
+    )
     made = {"Out": rows.new(rows.width, spec.output), "Rstd": rows.new(1, torch.float32)}
     if residual is not None:
-        made["Stream"] = rows.new(rows.width, x.dtype)
+        made["Stream"] = rows.new(rows.width, total)
     if spec.kind == "layer":
         made["Mean"] = rows.new(1, torch.float32)
     arguments = rows.read({"X": x, "Residual": residual, "Gate": gate}) | _vectors(weight, bias) | made
@@ -141,15 +144,15 @@ def _config(kernel: Kernel, generated: NormKernelSpec, like: Tensor) -> Config:
 
 
 def _kernel_spec(
-    x: Tensor, weight: Maybe, bias: Maybe, gate: Maybe, spec: NormSpec, residual: bool, **flags: Any
+    like: Tensor, weight: Maybe, bias: Maybe, gate: Maybe, spec: NormSpec, residual: bool, **flags: Any
 ) -> NormKernelSpec:
     generated = NormKernelSpec(
-        width=x.shape[-1], long=False, kind=spec.kind, eps=spec.epsilon, eps_at=spec.eps_at,
+        width=like.shape[-1], long=False, kind=spec.kind, eps=spec.epsilon, eps_at=spec.eps_at,
         normalized=triton_dtype(spec.normalized), rounded_rstd=spec.rounded_rstd, offset=spec.offset,
-        affine=triton_dtype(spec.affine), output=triton_dtype(spec.output), x=triton_dtype(x.dtype),
+        affine=triton_dtype(spec.affine), output=triton_dtype(spec.output), x=triton_dtype(like.dtype),
         weight=_dtype(weight), bias=_dtype(bias), gate=_dtype(gate), residual=residual,
     )  # fmt: skip
-    return fitted(replace(generated, **flags), card_of(x.device))
+    return fitted(replace(generated, **flags), card_of(like.device))
 
 
 def _gradient_spec(
@@ -158,6 +161,12 @@ def _gradient_spec(
     """asked: the gradients that are wanted, by argument: "By_x" say."""
     flags = {name.lower(): True for name in asked}
     return _kernel_spec(s, weight, bias, gate, spec, residual=by_stream is not None, **flags)
+
+
+def _terms(x: Tensor, residual: Maybe) -> tuple[str, str] | None:
+    if residual is None or residual.dtype == x.dtype:
+        return None
+    return triton_dtype(x.dtype), triton_dtype(residual.dtype)
 
 
 def _dtype(tensor: Maybe) -> str:
@@ -180,7 +189,7 @@ def forward_workspace(x: Tensor, residual: Maybe, gate: Maybe, spec: NormSpec) -
 
     None of what is dense and lies as x does. (Vectors [H] and statistics are not counted.)
     """
-    largest = x.numel() * max(spec.output.itemsize, x.itemsize * (residual is not None))
+    largest = x.numel() * max(spec.output.itemsize, sum_dtype(x, residual).itemsize * (residual is not None))
     return max(_copied_bytes(_Rows.of(x), (x, residual, gate)), 0 if _is_dense(x) else largest)
 
 

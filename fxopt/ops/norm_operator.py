@@ -6,7 +6,7 @@
 Between forward and backward are kept: what was normalised (the stream, or x), weight, bias and gate as they are, and
 rstd and mean; normalised values are computed again. Arguments:
 
-    x [..., H], residual [..., H] or None, of one dtype; weight [H], bias [H], gate [..., H] or None: floating dtypes
+    x [..., H], residual [..., H] or None; weight [H], bias [H], gate [..., H] or None: floating dtypes
     the constants of `NormSpec` (fxopt.ops.norm_formulas), which has the formulas; how they are computed
     (`fxopt.ops.launch`)
 
@@ -26,7 +26,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from fxopt.ops import norm_launch
 from fxopt.ops.launch import operator, runs_triton
-from fxopt.ops.norm_formulas import NormSpec, forward, gradients
+from fxopt.ops.norm_formulas import NormSpec, forward, gradients, sum_dtype
 from fxopt.ops.registry import OpMemory
 
 __all__ = ["BACKWARD", "FORWARD", "MEMORY"]
@@ -47,7 +47,7 @@ _WITHOUT_GRADIENT = _CONSTANTS.count(",") + 1
 
 def _on_triton(x: Tensor, residual: Maybe, weight: Maybe, bias: Maybe, gate: Maybe, *constants: Any) -> bool:
     *values, lowering = constants
-    return norm_launch.can_compute(x, weight, bias, gate, NormSpec(*values)) and runs_triton(x, lowering)
+    return norm_launch.can_compute(x, residual, weight, bias, gate, NormSpec(*values)) and runs_triton(x, lowering)
 
 
 @operator(
@@ -74,7 +74,7 @@ def _fake_forward(x: Tensor, residual: Maybe, weight: Maybe, bias: Maybe, gate: 
     rows = (*x.shape[:-1], 1)
     return (
         torch.empty_like(x, dtype=spec.output),
-        x.new_empty(0) if residual is None else torch.empty_like(x),
+        x.new_empty(0) if residual is None else torch.empty_like(x, dtype=sum_dtype(x, residual)),
         x.new_empty(rows, dtype=spec.compute),
         x.new_empty(rows if spec.kind == "layer" else 0, dtype=spec.compute),
     )
@@ -83,6 +83,7 @@ def _fake_forward(x: Tensor, residual: Maybe, weight: Maybe, bias: Maybe, gate: 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
     x, residual, weight, bias, gate, *ctx.constants = inputs
     _, stream, rstd, mean = output
+    ctx.dtypes = x.dtype, None if residual is None else residual.dtype
     ctx.mark_non_differentiable(rstd, mean, *(() if residual is not None else (stream,)))
     ctx.set_materialize_grads(False)  # else zeros as large as x stand for the stream's gradient where there is none
     ctx.save_for_backward(x if residual is None else stream, weight, bias, gate, rstd, mean)
@@ -98,7 +99,11 @@ def _backward(ctx: Any, upstream: Maybe, by_stream: Maybe, *_: None) -> tuple[Ma
     else:
         found = BACKWARD(upstream, by_stream, *ctx.saved_tensors, *ctx.constants, x or residual, *others)
     by_sum, *rest = (one if want else None for one, want in zip(found, (x or residual, *others), strict=True))
-    return (by_sum if x else None, by_sum if residual else None, *rest, *(None,) * _WITHOUT_GRADIENT)
+    terms = (
+        one.to(dtype) if want and (one := by_sum) is not None else None
+        for want, dtype in zip((x, residual), ctx.dtypes, strict=True)
+    )
+    return (*terms, *rest, *(None,) * _WITHOUT_GRADIENT)
 
 
 _forward.register_autograd(_backward, setup_context=_setup_context)

@@ -76,6 +76,20 @@ def test_every_spelling_alone_and_with_the_add_before_it(name: str, dtype: torch
 
 
 @pytest.mark.parametrize("width", [SHORT, LONG])
+@pytest.mark.parametrize(("narrow", "wide"), [("x", "residual"), ("residual", "x")])
+@pytest.mark.parametrize("kind", ["rms", "layer"])
+def test_a_sum_of_two_dtypes_has_the_wider(kind: str, narrow: str, wide: str, width: int) -> None:
+    """Mixed precision: what a product gave in bf16, and an fp32 stream; each gets its gradient in its own dtype."""
+    tensors, spec = draw((7, width), F32, "rwb"), plain(F32, kind, output=BF16)
+    tensors[narrow] = tensors[narrow].detach().to(BF16).requires_grad_()
+    check(tensors, spec, interpreted)
+    check(tensors, spec, ours)
+    found = step(interpreted, tensors, spec)
+    assert (found.gradients[narrow].dtype, found.gradients[wide].dtype) == (BF16, F32)
+    assert interpreted(tensors, spec)[1].dtype == F32
+
+
+@pytest.mark.parametrize("width", [SHORT, LONG])
 @pytest.mark.parametrize("rounded_rstd", [False, True])
 @pytest.mark.parametrize(("normalized", "affine"), [(BF16, BF16), (BF16, F32), (F32, F32), (F32, BF16)])
 @pytest.mark.parametrize("kind", ["rms", "layer"])

@@ -221,7 +221,7 @@ def test_flops_are_counted() -> None:
         (ValueError, r"weight must be \[8\], not \[7\]", {"weight": torch.ones(7)}),
         (ValueError, r"bias must be \[8\], not \[1, 8\]", {"bias": torch.ones(1, 8)}),
         (ValueError, r"residual must be \[3, 8\] like x", {"residual": torch.ones(8)}),
-        (TypeError, "residual is torch.float64", {"residual": torch.ones(3, 8, dtype=F64)}),
+        (TypeError, "floating dtypes only, not torch.int64", {"residual": torch.ones(3, 8, dtype=torch.int64)}),
         (TypeError, "floating dtypes only, not torch.int64", {"gate": torch.ones(3, 8, dtype=torch.int64)}),
         (ValueError, "x is a scalar", {"x": torch.ones(())}),
         (ValueError, "lowering is 'cuda': it must be one of auto, aten, interpret", {"lowering": "cuda"}),
