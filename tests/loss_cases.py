@@ -51,6 +51,13 @@ def problem(rows: int = 70, width: int = 24, classes: int = 57, dtype: torch.dty
     return hidden, weight, bias, torch.randint(0, classes, (rows,), generator=draw)
 
 
+def whole_numbers(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """hidden [70, 8], weight [150, 8], a bias of zeros and target [70]: logits are exact, and the largest often tie."""
+    draw = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randint(-1, 2, (rows, 8), generator=draw).to(dtype) for rows in (70, 150))
+    return hidden, weight, torch.zeros(150, dtype=dtype), torch.randint(0, 150, (70,), generator=draw)
+
+
 def constants(
     reduction: str, *needs: bool, softcap: float = 0.0, argmax: bool = False, recompute: bool = False,
     lowering: str = "auto",

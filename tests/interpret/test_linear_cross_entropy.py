@@ -16,7 +16,7 @@ import torch
 from allocations import peak_bytes
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from loss_cases import check, constants, eager, problem, problems, run
+from loss_cases import check, constants, eager, problem, problems, run, whole_numbers
 from torch import Tensor, fx
 
 import fxopt
@@ -172,18 +172,44 @@ def test_a_small_probability_keeps_its_loss_and_a_large_one_its_gradient(recompu
 
 @PATHS
 def test_argmax_is_the_first_of_the_largest_logits_in_any_tile(recompute: bool) -> None:
-    draw = torch.Generator().manual_seed(0)
-    hidden, weight = (torch.randint(-1, 2, (rows, 8), generator=draw).float() for rows in (70, 150))
-    bias, target = torch.zeros(150), torch.randint(0, 150, (70,), generator=draw)
+    hidden, weight, bias, target = whole_numbers()
     target[3] = -100
     loss, best = linear_cross_entropy_and_argmax(
         hidden, weight, bias, target, reduction="none", lowering="interpret", recompute=recompute
     )
-    logits = hidden @ weight.t()  # of whole numbers: exact, and the largest is rarely alone
+    logits = hidden @ weight.t()
     largest = logits == logits.amax(-1, keepdim=True)
     assert (largest[:, :32].any(-1) & largest[:, 32:].any(-1)).any()  # in two parts of the vocabulary
     assert torch.equal(loss, interpreted(hidden, weight, bias, target, reduction="none", recompute=recompute))
-    assert torch.equal(best, logits.argmax(-1).masked_fill(target == -100, -1))
+    assert torch.equal(best, logits.argmax(-1))
+
+
+@PATHS
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_argmax_is_of_logits_rounded_to_the_inputs_dtype(
+    dtype: torch.dtype, softcap: float | None, recompute: bool
+) -> None:
+    """Logits of 256 and a little: 8 or 11 bits keep few of them apart, and the product in fp32 all."""
+    draw = torch.Generator().manual_seed(0)
+    hidden, weight = ((size + torch.rand(rows, 16, generator=draw)).to(dtype) for size, rows in ((1, 70), (12, 150)))
+    target = torch.randint(0, 150, (70,), generator=draw).masked_fill(torch.arange(70) % 3 == 0, -100)
+    _, best = linear_cross_entropy_and_argmax(
+        hidden, weight, None, target, softcap=softcap, lowering="interpret", recompute=recompute
+    )
+    product = hidden.double() @ weight.double().t()
+    rounded = product.to(dtype).double()
+    expected = rounded.argmax(-1) if softcap is None else (rounded.float() / softcap).tanh().argmax(-1)
+    assert not torch.equal(expected, product.argmax(-1))
+    assert torch.equal(best, expected)
+
+
+@PATHS
+def test_argmax_of_rows_that_are_no_numbers_is_torchs(recompute: bool) -> None:
+    hidden, weight, bias, target = (t.detach() for t in problem())
+    hidden[3] = bias[40] = math.nan
+    _, best = linear_cross_entropy_and_argmax(hidden, weight, bias, target, lowering="interpret", recompute=recompute)
+    assert torch.equal(best, (hidden @ weight.t() + bias).argmax(-1))
 
 
 # --- as an operator ------------------------------------------------------------------------------------------------
