@@ -42,8 +42,7 @@ class LossKernelSpec:
     scale, softcap (0: none), label_smoothing, z_loss, ignore_index: the loss, as in `fxopt.ops.chunked_loss`.
     bias, transposed: whether there is one; whether W's unit stride is along V.
     whole: H is a multiple of every BLOCK_K there is, so that nothing is masked along it.
-    argmax: the class of each token's largest logit is asked for too; the logits are rounded to `dtype` for that, as a
-        matrix product that writes them does, since rounded logits tie where others differ.
+    argmax: the class of each token's largest logit is asked for too.
     gradient, upstream (rows alone): the logits become their gradient; each row has an upstream gradient of its own.
     """
 
@@ -60,16 +59,22 @@ class LossKernelSpec:
     gradient: bool = False
     upstream: bool = False
 
+    @property
+    def rounds(self) -> bool:
+        """Whether products are rounded to `dtype`, as they are where they are written: rounded logits tie where others
+        differ, and an argmax is to be the first of them. The loss and its gradient are of the same logits then."""
+        return self.argmax and self.dtype != "fp32"
+
 
 _TILES: Arguments = [(name, "constexpr") for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "GROUP_M")]
 
 
 @functools.lru_cache(256)
 def forward_kernel(spec: LossKernelSpec) -> Kernel:
-    """Largest, Total, Chosen, with smoothing Sum, for `argmax` Most and Best; a program a tile of tokens, SPLIT of classes."""
+    """Largest, Total, Chosen, with smoothing Sum, for `argmax` Best; a program a tile of tokens, SPLIT of classes."""
     arguments = [*_operands(spec), ("Largest", "*fp32"), ("Total", "*fp32"), ("Chosen", "*fp32")]
     arguments += [("Sum", "*fp32")] if spec.label_smoothing else []
-    arguments += [("Most", "*fp32"), ("Best", "*i32")] if spec.argmax else []
+    arguments += [("Best", "*i32")] if spec.argmax else []
     arguments += [(name, "i32") for name in ("tokens", "vocabulary", "width", "x_stride", "w_stride")]
     return _rendered("linear_cross_entropy_forward", spec, [*arguments, *_TILES, ("SPLIT", "constexpr")], "vocabulary")
 
@@ -77,7 +82,7 @@ def forward_kernel(spec: LossKernelSpec) -> Kernel:
 @functools.lru_cache(256)
 def backward_kernel(spec: LossKernelSpec) -> Kernel:
     """Gradient [N, C] of the products with C rows of W; a program a tile of it."""
-    spec = replace(spec, argmax=False)
+    spec = replace(spec, argmax=spec.rounds)
     rows = [(name, "*fp32") for name in ("Factor", "Largest", "Total")]
     arguments = [*_operands(spec), *rows, ("Gradient", f"*{spec.dtype}")]
     arguments += [("vocabulary", "i32")] if spec.label_smoothing else []

@@ -5,7 +5,8 @@ gradient, multiplied out, and overwritten by the next chunk's. The idea is Cut C
 arXiv:2411.09009) and Liger Kernel's (Hsu et al. 2024, arXiv:2410.10989); unlike Liger's, sums over chunks are fp32.
 
 Ignored rows are left out before the first product where that costs no synchronisation (on a CPU), and have no part in
-anything but the argmax, for which their logits, and no gradients, are computed last: a NaN in an ignored row of `hidden` does not reach the gradients, as it would through eager's 0 * NaN.
+anything but the argmax, for which their logits, and no gradients, are computed last: a NaN in an ignored row of
+`hidden` does not reach the gradients, as it would through eager's 0 * NaN.
 """
 
 from __future__ import annotations

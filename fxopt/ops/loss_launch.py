@@ -50,7 +50,6 @@ def token_losses(
     found = {name: uninitialized((parts, tokens), torch.float32, x) for name in names}
     found["Chosen"] = x.new_full((tokens,), torch.nan, dtype=torch.float32)
     if argmax:
-        found["Most"] = uninitialized((parts, tokens), torch.float32, x)
         found["Best"] = uninitialized((parts, tokens), torch.int32, x)
     arguments = _tensors(x, w, bias, target) | found
     arguments |= {"tokens": tokens, "vocabulary": vocabulary, "width": width, **_strides(generated, x, w)}
@@ -76,7 +75,7 @@ def _put_together(
         losses = losses + spec.z_loss * (largest + total.log()).square()
     ignored, best = target == spec.ignore_index, None
     if "Best" in found:
-        best = found["Best"].gather(0, found["Most"].argmax(0, keepdim=True)).squeeze(0).to(torch.int64)
+        best = found["Best"].gather(0, found["Largest"].argmax(0, keepdim=True)).squeeze(0).to(torch.int64)
     losses, count = losses.masked_fill(ignored, 0.0), (target != spec.ignore_index).sum()
     return LossAndGradients(losses, count, None, None, None, best), torch.stack((largest, total))
 
@@ -92,10 +91,14 @@ def gradients(
     target: Tensor,
     normalizer: Tensor,
     spec: LossSpec,
+    argmax: bool,
     wanted: Wanted,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """By hidden, weight and bias, in their dtype and (weight) strides; upstream: the loss's, a scalar or [N]."""
-    x, w, generated = _operands(hidden, weight, bias, spec, argmax=False)
+    """By hidden, weight and bias, in their dtype and (weight) strides.
+
+    upstream: the loss's, a scalar or [N]; argmax: whether the forward was asked for it, since it rounded logits then.
+    """
+    x, w, generated = _operands(hidden, weight, bias, spec, argmax)
     factor = _row_factors(upstream, target, spec)
     by_x = x.new_zeros(x.shape, dtype=torch.float32) if wanted.hidden else None
     by_w = torch.empty_like(weight) if wanted.weight else None
@@ -213,7 +216,7 @@ def forward_workspace(hidden: Tensor, weight: Tensor, bias: Tensor | None, spec:
     """Bytes that `token_losses` holds at its peak, less its results: what the parts leave, and two to join them."""
     generated = _generated(hidden, weight, bias, spec, argmax)
     parts = _parts(_config(forward_kernel(generated), generated, hidden), weight.shape[0])
-    numbers = parts * (4 + bool(spec.label_smoothing) + 2 * argmax)
+    numbers = parts * (4 + bool(spec.label_smoothing) + argmax)
     return 4 * hidden.shape[0] * numbers + _copied_bytes(hidden, weight)
 
 

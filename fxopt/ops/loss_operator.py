@@ -193,7 +193,7 @@ def _recompute(
     with torch.autocast(hidden.device.type, enabled=False):
         if call.by_tiles(hidden):
             found = loss_launch.gradients(
-                upstream, hidden, weight, bias, target, normalizer, call.spec, call.wanted
+                upstream, hidden, weight, bias, target, normalizer, call.spec, call.argmax, call.wanted
             )  # fmt: skip
         else:
             rows = upstream.expand(target.shape)

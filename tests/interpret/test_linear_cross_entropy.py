@@ -16,7 +16,7 @@ import torch
 from allocations import peak_bytes
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from loss_cases import check, constants, eager, problem, problems, run, whole_numbers
+from loss_cases import check, constants, eager, problem, problems, run, whole_numbers, with_argmax
 from torch import Tensor, fx
 
 import fxopt
@@ -202,6 +202,14 @@ def test_argmax_is_of_logits_rounded_to_the_inputs_dtype(
     expected = rounded.argmax(-1) if softcap is None else (rounded.float() / softcap).tanh().argmax(-1)
     assert not torch.equal(expected, product.argmax(-1))
     assert torch.equal(best, expected)
+
+
+@PATHS
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_beside_an_argmax_loss_and_gradients_are_of_the_same_logits(dtype: torch.dtype, recompute: bool) -> None:
+    *tensors, target = problem(dtype=dtype)
+    target[::5] = -100
+    check(tensors, target, 0.3, with_argmax, softcap=5.0, lowering="interpret", recompute=recompute)
 
 
 @PATHS
