@@ -12,7 +12,17 @@ from torch import fx
 
 from fxopt.fake import arguments, bound_arguments, value_of
 from fxopt.ops.products import accumulate_dtype
-from fxopt.projection import MOVES, POINTWISE, Move, Projection, check_moves, moves_of, projection_of, reads_only
+from fxopt.projection import (
+    MOVES,
+    POINTWISE,
+    Move,
+    Projection,
+    check_moves,
+    keeps_shape,
+    moves_of,
+    projection_of,
+    reads_only,
+)
 from fxopt.rule import NoSite
 
 aten = torch.ops.aten
@@ -61,7 +71,7 @@ class Argmax:
         path = self.logits()
         moves, rank = moves_of(path.steps), value_of(path.linear).dim()
         check_moves(moves, rank, self.axis, self.taken.name)
-        if any(move.args == (None,) for move in moves) and value_of(self.taken.args[0]).dim() != 2:
+        if not keeps_shape(moves, value_of(self.taken.args[0])):
             raise NoSite(f"{self.taken.name} reads logits in a shape whose sizes are known only at run time")
         return moves
 
@@ -134,6 +144,18 @@ def _argmax(node: fx.Node) -> Argmax | None:
         return None
     items = [user for user in node.users if user.target is operator.getitem and arguments(user)[1] == 1]
     return Argmax(node, items[0]) if len(items) == len(node.users) == 1 else None
+
+
+def is_deferrable(node: fx.Node) -> bool:
+    """Whether the logits `node` are a graph output that can be computed from hidden states later, in its shape."""
+    if not any(user.op == "output" for user in node.users):
+        return False
+    try:
+        found = projection_of(node)
+        check_moves(found.moves(), value_of(found.linear).dim(), -1)
+    except NoSite:
+        return False
+    return keeps_shape(found.moves(), value_of(node))
 
 
 def common_moves(ways: Collection[tuple[Move, ...]]) -> tuple[Move, ...]:

@@ -219,6 +219,11 @@ def moves_of(steps: Iterable[fx.Node]) -> tuple[Move, ...]:
     return tuple(Move.of(step) for step in steps if step.target in MOVES and step.target not in _COPIES)
 
 
+def keeps_shape(moves: Iterable[Move], value: Tensor) -> bool:
+    """Whether `moved_rows` gives rows of the shape of `value` [..., V], not only in their order."""
+    return value.dim() == 2 or all(move.args != (None,) for move in moves)
+
+
 def moved_rows(hidden: Tensor, moves: tuple[Move, ...]) -> Tensor:
     """Apply `moves`, which `check_moves` accepted, to `hidden` [..., H]: the rows in the order of the moved logits.
 

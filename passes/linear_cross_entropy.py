@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from fxopt.fake import arguments, bound_arguments, value_of
-from fxopt.logit_readers import Argmax, common_moves, readers_of
+from fxopt.logit_readers import Argmax, common_moves, is_deferrable, readers_of
 from fxopt.ops.launch import kernels_on, runs_triton
 from fxopt.ops.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_and_argmax
 from fxopt.projection import MOVES, Move, check_moves, moved_rows, moves_of, projection_of
@@ -77,7 +77,7 @@ def grow(anchor: fx.Node) -> Site | None:
     rows, vocabulary = _text(value_of(found.hidden).shape[:-1]), found.vocabulary
     detail = f"{rows} rows x {vocabulary} classes, {str(compute_dtype).removeprefix('torch.')}"
     outputs = (output, *(one.output for one in argmaxes))
-    deferrable = [node for node in nodes if any(user.op == "output" for user in node.users) and node not in outputs]
+    deferrable = [node for node in nodes if node not in outputs and is_deferrable(node)]
     return Site(
         RULE.name, outputs, tuple(nodes), inputs, tuple(deferrable), detail + (", argmax too" if argmaxes else "")
     )
@@ -432,6 +432,16 @@ def chosen_log_probabilities(hidden: Tensor, weight: Tensor, target: Tensor) -> 
     return (-scores.gather(-1, target.clamp(min=0).unsqueeze(-1)).squeeze(-1)).mean()
 
 
+def loss_and_accuracy(hidden: Tensor, weight: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Beside the loss, how many of the next tokens have the largest logit."""
+    logits = F.linear(hidden, weight).float()
+    following = F.pad(target, (0, 1), value=-100)[..., 1:]
+    loss = F.cross_entropy(logits.view(-1, logits.shape[-1]), following.reshape(-1))
+    with torch.no_grad():
+        right = logits[:, :-1].argmax(dim=-1) == target[:, 1:]
+    return loss, right.float().mean()
+
+
 def inputs(draw: Draw) -> dict[str, Any]:
     """Hidden states [B, T, H], a weight [V, H] with V > H, and targets [B, T], some ignored."""
     dtype = draw.choice(torch.float32, torch.bfloat16)
@@ -456,6 +466,9 @@ RULE = Region(
     computed=computed,
     saves_memory=saves_memory,
     integers=integers,
-    spellings=(causal_lm_loss, shifted_loss, softcapped_loss, nll_loss, hand_written_loss, chosen_log_probabilities),
+    spellings=(
+        causal_lm_loss, shifted_loss, softcapped_loss, nll_loss, hand_written_loss, chosen_log_probabilities,
+        loss_and_accuracy,
+    ),
     inputs=inputs,
-)
+)  # fmt: skip

@@ -289,6 +289,20 @@ def test_logits_that_are_an_output_need_deferring():
     assert applied(model).deferrable == ["linear"]
 
 
+@pytest.mark.parametrize("which", ["read by the loss", "beside the loss"])
+def test_an_output_whose_shape_is_known_only_at_run_time_is_not_deferred(which):
+    def model(h, w, t):
+        flat = F.linear(h, w)
+        logits = flat.view(*t.shape, V)
+        return F.cross_entropy(logits.view(-1, V) if which == "read by the loss" else flat, t.view(-1)), logits
+
+    hidden, weight, target = arguments()
+    hidden = hidden.detach().flatten(0, 1).requires_grad_()
+    (refusal,) = applied(model, hidden, weight, target, dynamic=True).refusals
+    assert refusal.reasons[0].endswith("is also a graph output")
+    assert len(applied(model, hidden, weight, target, dynamic=False).deferrable) == 1
+
+
 OUTPUTS = {
     "logits": lambda z: z,
     "cast again": lambda z: z.float(),
