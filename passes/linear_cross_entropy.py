@@ -2,6 +2,10 @@
 
 A region grown backwards from the loss. In all 48 language models looked at, the loss is the largest transient of a
 training step (V / H times the hidden states, in fp32 and several copies), and the logits are read by nobody else.
+
+Where they are read for token accuracy, that argmax comes from the same pass, if it is one of the same logits but for
+the order of the sums over H. It is the first of equal logits, and every rounding to 16 bits makes more of them equal:
+the operator rounds as the linear layer does, and where the graph rounds again the site is refused.
 """
 
 from __future__ import annotations

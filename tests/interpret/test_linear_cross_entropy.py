@@ -13,6 +13,7 @@ import harness
 import models
 import pytest
 import torch
+import torch.nn.functional as F
 from allocations import peak_bytes
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -295,3 +296,28 @@ def test_a_training_step_of_a_model(family: str) -> None:
         harness.check(model, torch.compile(model, backend=loss_alone), inputs)
     assert tiles.call_count == 1
     harness.assert_loss_rewritten()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_argmax_beside_the_loss_comes_from_the_tiles(dtype: torch.dtype) -> None:
+    """Of all rows, though the loss reads others and ignores some."""
+    hidden, weight, _, target = whole_numbers(dtype)
+    target[::4] = -100
+    hidden.requires_grad_(), weight.requires_grad_()
+
+    def model(h: Tensor, w: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        logits = F.linear(h.view(7, 10, -1), w)
+        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), t.view(7, 10)[:, 1:].flatten())
+        return loss, logits.argmax(-1)
+
+    fxopt.clear_reports()
+    with mock.patch.object(loss_launch, "token_losses", wraps=loss_launch.token_losses) as tiles:
+        loss, best = torch.compile(model, backend=loss_alone)(hidden, weight, target)
+    assert tiles.call_count == 1
+    harness.assert_loss_rewritten()
+    assert torch.equal(best, model(hidden, weight, target)[1])
+    gradients, expected = (
+        torch.autograd.grad(one, (hidden, weight)) for one in (loss, model(hidden, weight, target)[0])
+    )
+    for ours, theirs in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0.02, atol=1e-4)
