@@ -14,8 +14,10 @@ from fxopt.rule import Place, Site
 
 
 def place_of(site: Site, order: dict[fx.Node, int]) -> fx.Node:
-    """The first output of `site`: the replacement stands before it."""
-    return min(site.outputs, key=order.__getitem__)
+    """The output of `site` that the replacement stands before: the anchor, or the first if that is read before."""
+    first = min(site.outputs, key=order.__getitem__)
+    late = all(order[user] > order[site.anchor] for node in site.outputs for user in node.users)
+    return site.anchor if late else first
 
 
 def illegal(site: Site, order: dict[fx.Node, int], may_defer: bool) -> Iterator[str]:
@@ -54,8 +56,8 @@ def _disturbances(site: Site, order: dict[fx.Node, int]) -> Iterator[str]:
     memory = {storage_of(value_of(node)) for node in (*site.input_nodes, *site.nodes)} - {None}
     positions = [order[node] for node in site.nodes]
     between = [node for node, position in order.items() if min(positions) <= position <= max(positions)]
-    place = place_of(site, order)
-    outside = next((node for node in site.nodes if _in_another_state(node, place)), None)
+    place, recorded = place_of(site, order), _differentiable(site)
+    outside = next((node for node in site.nodes if _in_another_state(node, place, node in recorded)), None)
     for node in between:
         if outside is not None and node.target in compat.STATE_SWITCHES:
             yield f"{node.name} switches grad mode or autocast inside the region, for {outside.name}"
@@ -63,13 +65,27 @@ def _disturbances(site: Site, order: dict[fx.Node, int]) -> Iterator[str]:
             yield f"{node.name} ({node.target}) writes in place to memory of the region"
 
 
-def _in_another_state(node: fx.Node, place: fx.Node) -> bool:
+def _differentiable(site: Site) -> set[fx.Node]:
+    """The nodes of `site` that lead to a value which may have a gradient: not those of an argmax alone."""
+    found: set[fx.Node] = set()
+    for node in reversed(site.nodes):
+        value = value_of(node)
+        leaves = node in site.outputs or node in site.deferrable
+        floats = isinstance(value, torch.Tensor) and value.is_floating_point()
+        if (leaves and floats) or not found.isdisjoint(node.users):
+            found.add(node)
+    return found
+
+
+def _in_another_state(node: fx.Node, place: fx.Node, differentiable: bool) -> bool:
     """Whether `node` would compute something else in the grad mode and autocast of `place`.
 
-    Masks do not: they are often built under `no_grad` far above, and no switch between there and here concerns them.
+    differentiable: whether its value leads to one that may have a gradient. Masks have none: they are often built under
+    `no_grad` far above, and no switch between there and here concerns them.
     """
     values = [value_of(item) for item in (node, *node.all_input_nodes)]
     tensors = [value for value in values if isinstance(value, torch.Tensor)]
-    recorded = any(value.requires_grad for value in tensors) and node.meta.get("grad") != place.meta.get("grad")
+    recorded = differentiable and any(value.requires_grad for value in tensors)
+    recorded = recorded and node.meta.get("grad") != place.meta.get("grad")
     floats = any(value.is_floating_point() for value in tensors)
     return recorded or (floats and node.meta.get("autocast") != place.meta.get("autocast"))

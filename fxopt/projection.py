@@ -7,7 +7,7 @@ kinds commute with choosing rows, so a loss, or somebody who looks at three rows
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import torch
@@ -91,8 +91,11 @@ class Projection:
         return moves_of(self.steps)
 
 
-def projection_of(node: fx.Node) -> Projection:
-    """Walk back from `node` to the linear layer it is computed from. Raises `NoSite`, naming what stands in the way."""
+def projection_of(node: fx.Node, besides: Collection[Any] = ()) -> Projection:
+    """Walk back from `node` to the linear layer it is computed from. Raises `NoSite`, naming what stands in the way.
+
+    besides: targets of steps that are neither pointwise nor moves and do nothing.
+    """
     steps: list[fx.Node] = []
     bias, added = None, None
     while node.target not in LINEARS or node.op != "call_function":
@@ -102,18 +105,18 @@ def projection_of(node: fx.Node) -> Projection:
         if addition is not None:
             added, (node, bias) = node, addition
             continue
-        if node.op != "call_function" or node.target not in POINTWISE | MOVES:
+        if node.op != "call_function" or (node.target not in POINTWISE | MOVES and node.target not in besides):
             broken = node.op == "placeholder"
             what = "a graph input (a graph break parts them)" if broken else f"{node.name} ({node.target})"
             raise NoSite(f"the logits come from {what}, not from a linear layer", len(steps))
-        if not isinstance(node.args[0], fx.Node) or not _reads_only(node, node.args[0]):
+        if not isinstance(node.args[0], fx.Node) or not reads_only(node, node.args[0]):
             raise NoSite(f"{node.name} ({node.target}) combines the logits with another value", len(steps))
         steps.append(node)
         node = node.args[0]
     return dataclasses.replace(_at_linear(node, bias, tuple(reversed(steps))), added=added)
 
 
-def _reads_only(step: fx.Node, source: fx.Node) -> bool:
+def reads_only(step: fx.Node, source: fx.Node) -> bool:
     """Whether `source` is the only input of `step`, symbolic sizes of a move aside."""
     others = [item for item in step.all_input_nodes if item is not source]
     return not others or (step.target in MOVES and not any(isinstance(value_of(item), Tensor) for item in others))
@@ -216,6 +219,11 @@ def moves_of(steps: Iterable[fx.Node]) -> tuple[Move, ...]:
     return tuple(Move.of(step) for step in steps if step.target in MOVES and step.target not in _COPIES)
 
 
+def keeps_shape(moves: Iterable[Move], value: Tensor) -> bool:
+    """Whether `moved_rows` gives rows of the shape of `value` [..., V], not only in their order."""
+    return value.dim() == 2 or all(move.args != (None,) for move in moves)
+
+
 def moved_rows(hidden: Tensor, moves: tuple[Move, ...]) -> Tensor:
     """Apply `moves`, which `check_moves` accepted, to `hidden` [..., H]: the rows in the order of the moved logits.
 
@@ -234,16 +242,16 @@ def moved_rows(hidden: Tensor, moves: tuple[Move, ...]) -> Tensor:
     return hidden
 
 
-def check_moves(moves: tuple[Move, ...], rank: int, classes_at: int) -> None:
+def check_moves(moves: tuple[Move, ...], rank: int, classes_at: int, reader: str = "the loss") -> None:
     """Check that every move after which others follow keeps the vocabulary last, and that it ends at `classes_at`.
 
-    rank: of the linear layer's result. Raises `NoSite`.
+    rank: of the linear layer's result; reader: what the moves lead to. Raises `NoSite`.
     """
     vocabulary = rank - 1
     for index, move in enumerate(moves):
         if move.kind == "permute":
             if vocabulary != rank - 1:
-                raise NoSite("the logits are transposed twice on the way to the loss")
+                raise NoSite(f"the logits are transposed twice on the way to {reader}")
             vocabulary = move.args.index(vocabulary)
             continue
         if vocabulary != rank - 1:
@@ -256,4 +264,4 @@ def check_moves(moves: tuple[Move, ...], rank: int, classes_at: int) -> None:
         elif move.kind == "select":
             rank, vocabulary = rank - 1, vocabulary - 1
     if vocabulary != classes_at % rank:
-        raise NoSite(f"the loss takes its classes along axis {classes_at}, the vocabulary is axis {vocabulary}")
+        raise NoSite(f"{reader} takes its classes along axis {classes_at}, the vocabulary is axis {vocabulary}")

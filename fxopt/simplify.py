@@ -56,8 +56,9 @@ def _tidy(gm: fx.GraphModule) -> None:
             continue
         if node.target in _CASTS:
             _spell_cast(node)
-        if _is_identity(node, mutated):
-            node.replace_all_uses_with(node.args[0])
+        same = node.args[0] if _is_identity(node, mutated) else _item_of_items(node)
+        if same is not None:
+            node.replace_all_uses_with(same)
             gm.graph.erase_node(node)
     _erase_dead(gm.graph)
 
@@ -103,6 +104,14 @@ def _is_identity(node: fx.Node, mutated: set[Any]) -> bool:
     neutral = _NEUTRAL.get(node.target)
     unwritten = storage_of(source) not in mutated and storage_of(result) not in mutated
     return neutral is not None and unwritten and neutral(node, source)
+
+
+def _item_of_items(node: fx.Node) -> fx.Node | None:
+    """The node that ``(a, b)[1]`` is: what capturing leaves of ``x.max(-1).indices``."""
+    if node.target is not operator.getitem or not isinstance(node.args[0], tuple | list):
+        return None
+    item = node.args[0][node.args[1]] if type(node.args[1]) is int else None
+    return item if isinstance(item, fx.Node) else None
 
 
 def _multiplies_by_one(node: fx.Node, source: torch.Tensor) -> bool:

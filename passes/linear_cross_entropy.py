@@ -2,10 +2,16 @@
 
 A region grown backwards from the loss. In all 48 language models looked at, the loss is the largest transient of a
 training step (V / H times the hidden states, in fp32 and several copies), and the logits are read by nobody else.
+
+Where they are read for token accuracy, that argmax comes from the same pass, if it is one of the same logits but for
+the order of the sums over H. It is the first of equal logits, and every rounding to 16 bits makes more of them equal:
+the operator rounds as the linear layer does, and where the graph rounds again the site is refused.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,9 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from fxopt.fake import arguments, bound_arguments, value_of
+from fxopt.logit_readers import Argmax, common_moves, is_deferrable, readers_of
 from fxopt.ops.launch import kernels_on, runs_triton
-from fxopt.ops.linear_cross_entropy import linear_cross_entropy
-from fxopt.projection import MOVES, POINTWISE, Move, Projection, check_moves, moved_rows, moves_of, projection_of
+from fxopt.ops.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_and_argmax
+from fxopt.projection import MOVES, Move, check_moves, moved_rows, moves_of, projection_of
 from fxopt.rule import Cost, Draw, NoSite, Region, Site
 
 aten = torch.ops.aten
@@ -24,6 +31,19 @@ aten = torch.ops.aten
 _REDUCTIONS = ("none", "mean", "sum")
 _NO_INDEX_IGNORED = -(2**63)
 """`gather` ignores no target: this value cannot be one."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Best:
+    """An argmax that somebody reads: of which rows, and the axis of the classes, which stays, or None."""
+
+    moves: tuple[Move, ...]
+    axis: int | None
+
+    def of(self, best: Tensor, moves: tuple[Move, ...]) -> Tensor:
+        """It, in memory of its own, from the `best` [...] of rows that `moves` lead on from."""
+        found = moved_rows(best.unsqueeze(-1), moves).squeeze(-1)
+        return (found if self.axis is None else found.unsqueeze(self.axis)).clone(memory_format=torch.contiguous_format)
 
 
 def grow(anchor: fx.Node) -> Site | None:
@@ -39,7 +59,8 @@ def grow(anchor: fx.Node) -> Site | None:
     moves = (*found.moves(), *moves_of(loss.pop("later", ())))
     check_moves(moves, value_of(found.linear).dim(), classes_at)
     scale, softcap = _scale_and_softcap(found.pointwise)
-    branches = list(_branches_to_output(found, set(loss["nodes"])))
+    branches, argmaxes = readers_of(found, set(loss["nodes"]))
+    argmaxes.sort(key=lambda one: one.output.name)
     nodes = sorted({*found.nodes, *branches, *loss.pop("nodes")}, key=_position(anchor.graph))
     output = loss.pop("output")
     compute_dtype = value_of(found.linear).dtype
@@ -53,13 +74,17 @@ def grow(anchor: fx.Node) -> Site | None:
         "compute_dtype": compute_dtype,
         "loss_dtype": value_of(output).dtype,
         "loss_rank": value_of(output).dim(),
+        "argmaxes": tuple(_best(one, scale, softcap) for one in argmaxes),
     }
     if found.bias is not None:
         inputs["bias"] = found.bias
     rows, vocabulary = _text(value_of(found.hidden).shape[:-1]), found.vocabulary
     detail = f"{rows} rows x {vocabulary} classes, {str(compute_dtype).removeprefix('torch.')}"
-    deferrable = [node for node in nodes if any(user.op == "output" for user in node.users) and node is not output]
-    return Site(RULE.name, (output,), tuple(nodes), inputs, tuple(deferrable), detail)
+    outputs = (output, *(one.output for one in argmaxes))
+    deferrable = [node for node in nodes if node not in outputs and is_deferrable(node)]
+    return Site(
+        RULE.name, outputs, tuple(nodes), inputs, tuple(deferrable), detail + (", argmax too" if argmaxes else "")
+    )
 
 
 def replacement(
@@ -79,28 +104,54 @@ def replacement(
     label_smoothing: float,
     reduction: str,
     negate: bool = False,
+    argmaxes: tuple[Best, ...] = (),
     lowering: str = "auto",
-) -> Tensor:
-    """The loss of the moved rows of `hidden`; casts that autocast would have made are made here.
+) -> tuple[Tensor, ...]:
+    """The loss of the moved rows of `hidden`, and argmaxes; casts that autocast would have made are made here.
+
+    The operator goes over the rows that all of them come from, of which the loss ignores those it does not read.
 
     lowering: how the op is computed (`fxopt.ops.launch`).
     """
-    rows = moved_rows(hidden, moves)
-    loss = linear_cross_entropy(
+    shared = common_moves((moves, *(one.moves for one in argmaxes)))
+    rows = moved_rows(hidden, shared)
+    read = _rows_read(rows, moves[len(shared) :])
+    targets = target.reshape(-1)
+    if read is not None:
+        targets = targets.new_full((math.prod(rows.shape[:-1]),), ignore_index).scatter(0, read, targets)
+    operands = (
         rows.reshape(-1, rows.shape[-1]).to(compute_dtype),
         (weight.t() if transposed else weight).to(compute_dtype),
         None if bias is None else bias.to(compute_dtype),
-        target.reshape(-1),
-        scale=scale,
-        softcap=softcap,
-        ignore_index=ignore_index,
-        label_smoothing=label_smoothing,
-        reduction=reduction,
-        lowering=lowering,
-    ).to(loss_dtype)
+        targets,
+    )
+    constants: dict[str, Any] = {
+        "scale": scale,
+        "softcap": softcap,
+        "ignore_index": ignore_index,
+        "label_smoothing": label_smoothing,
+        "reduction": reduction,
+        "lowering": lowering,
+    }
+    found: list[Tensor] = []
+    if argmaxes:
+        loss, best = linear_cross_entropy_and_argmax(*operands, **constants)
+        found = [one.of(best.reshape(rows.shape[:-1]), one.moves[len(shared) :]) for one in argmaxes]
+    else:
+        loss = linear_cross_entropy(*operands, **constants)
+    loss = loss.to(loss_dtype)
     if reduction == "none":
+        loss = loss if read is None else loss.index_select(0, read)
         loss = loss.reshape(target.shape if target.dim() == loss_rank else target.shape[:-1])
-    return -loss if negate else loss
+    return -loss if negate else loss, *found
+
+
+def _rows_read(rows: Tensor, moves: tuple[Move, ...]) -> Tensor | None:
+    """[n]: which of the rows [..., H], counted in order, `moves` lead to, in their order; None for all as they are."""
+    if all(move.kind == "reshape" for move in moves):
+        return None
+    numbers = torch.arange(math.prod(rows.shape[:-1]), device=rows.device)
+    return moved_rows(numbers.reshape(*rows.shape[:-1], 1), moves).reshape(-1)
 
 
 def computed(site: Site) -> str:
@@ -167,29 +218,16 @@ def _factor(step: fx.Node) -> float:
     return 1.0 / constant if step.target in (aten.div.Tensor, aten.div.Scalar) else constant
 
 
-def _branches_to_output(found: Projection, inside: set[fx.Node]) -> Iterator[fx.Node]:
-    """Side branches of the logits (a second cast, a slice) that lead to graph outputs and nowhere else."""
-    inside = inside | set(found.nodes)
-    for node in found.nodes:
-        for user in node.users:
-            if user not in inside and user.op != "output":
-                branch = list(_branch(user))
-                yield from branch
-
-
-def _branch(node: fx.Node) -> Iterator[fx.Node]:
-    """`node` and what follows from it, if all of it is pointwise or moves and ends in outputs; else nothing."""
-    found: list[fx.Node] = []
-    waiting = [node]
-    while waiting:
-        step = waiting.pop()
-        if step.op == "output":
-            continue
-        if step.target not in POINTWISE | MOVES or len(step.all_input_nodes) != 1 or not step.users:
-            return
-        found.append(step)
-        waiting += step.users
-    yield from found
+def _best(argmax: Argmax, scale: float, softcap: float | None) -> Best:
+    """What the replacement is to know of `argmax`. Raises `NoSite` where it is not that of the loss's logits."""
+    moves = argmax.moves()
+    theirs = _scale_and_softcap(argmax.logits().pointwise)
+    if theirs != (scale, softcap):
+        raise NoSite(
+            f"{argmax.taken.name} reads logits with scale and cap {theirs}, the loss some with {(scale, softcap)}"
+        )
+    argmax.check_values()
+    return Best(moves, argmax.axis if argmax.keepdim else None)
 
 
 def _position(graph: fx.Graph) -> Callable[[fx.Node], int]:
@@ -398,6 +436,16 @@ def chosen_log_probabilities(hidden: Tensor, weight: Tensor, target: Tensor) -> 
     return (-scores.gather(-1, target.clamp(min=0).unsqueeze(-1)).squeeze(-1)).mean()
 
 
+def loss_and_accuracy(hidden: Tensor, weight: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Beside the loss, how many of the next tokens have the largest logit."""
+    logits = F.linear(hidden, weight).float()
+    following = F.pad(target, (0, 1), value=-100)[..., 1:]
+    loss = F.cross_entropy(logits.view(-1, logits.shape[-1]), following.reshape(-1))
+    with torch.no_grad():
+        right = logits[:, :-1].argmax(dim=-1) == target[:, 1:]
+    return loss, right.float().mean()
+
+
 def inputs(draw: Draw) -> dict[str, Any]:
     """Hidden states [B, T, H], a weight [V, H] with V > H, and targets [B, T], some ignored."""
     dtype = draw.choice(torch.float32, torch.bfloat16)
@@ -422,6 +470,9 @@ RULE = Region(
     computed=computed,
     saves_memory=saves_memory,
     integers=integers,
-    spellings=(causal_lm_loss, shifted_loss, softcapped_loss, nll_loss, hand_written_loss, chosen_log_probabilities),
+    spellings=(
+        causal_lm_loss, shifted_loss, softcapped_loss, nll_loss, hand_written_loss, chosen_log_probabilities,
+        loss_and_accuracy,
+    ),
     inputs=inputs,
-)
+)  # fmt: skip

@@ -124,12 +124,159 @@ def test_small_vocabularies_are_left_alone_unless_forced():
 
 
 def test_logits_that_the_graph_reads_are_not_fused_away():
-    def accuracy(h, w, t):
+    def confidence(h, w, t):
         logits = F.linear(h, w)
-        return loss_of(logits, t), (logits.argmax(-1) == t).float().mean()
+        return loss_of(logits, t), logits.softmax(-1).amax(-1)
 
-    (refusal,) = applied(accuracy).refusals
-    assert "is also used by argmax (test_rule_linear_cross_entropy.py" in refusal.reasons[0]
+    (refusal,) = applied(confidence).refusals
+    assert "is also used by softmax (test_rule_linear_cross_entropy.py" in refusal.reasons[0]
+
+
+# --- argmax of the same logits ------------------------------------------------------------------------------------
+
+
+def padded(target, ignore=-100):
+    return F.pad(target, (0, 1), value=ignore)[..., 1:].contiguous()
+
+
+def argmax_beside(loss, *reads, linear=F.linear):
+    """A model that returns a loss of logits and what `reads` make of the same logits."""
+
+    def model(h, w, t):
+        logits = linear(h, w)
+        return loss(logits, t), *(read(logits) for read in reads)
+
+    return model
+
+
+def without_gradients(read):
+    def inside(logits):
+        with torch.no_grad():
+            return read(logits)
+
+    return inside
+
+
+ARGMAXES = {
+    "all rows": argmax_beside(loss_of, lambda z: z.argmax(-1)),
+    "kept axis": argmax_beside(loss_of, lambda z: z.argmax(2, keepdim=True)),
+    "of the flat logits": argmax_beside(loss_of, lambda z: z.view(-1, V).argmax(dim=1)),
+    "max": argmax_beside(loss_of, lambda z: z.max(-1).indices, lambda z: torch.max(z, -1, keepdim=True)[1]),
+    "in fp32": argmax_beside(lambda z, t: loss_of(z.float(), t), lambda z: z.argmax(-1), lambda z: z.float().argmax(-1)),
+    "fewer rows": argmax_beside(lambda z, t: loss_of(z.float(), padded(t)), lambda z: z[:, :-1].argmax(-1)),
+    "the loss's rows": argmax_beside(lambda z, t: loss_of(z[:, :-1], t[:, 1:]), lambda z: z[:, :-1].argmax(-1)),
+    "more rows": argmax_beside(lambda z, t: loss_of(z[:, :-1], t[:, 1:]), lambda z: z.argmax(-1)),
+    "other rows": argmax_beside(lambda z, t: loss_of(z[:, 1:], t[:, 1:]), lambda z: z[:, 0].argmax(-1)),
+    "one of all": argmax_beside(lambda z, t: F.cross_entropy(z[:, -1], t[:, -1]), lambda z: z.argmax(-1)),
+    "classes second": argmax_beside(lambda z, t: F.cross_entropy(z.mT, t), lambda z: z.mT.argmax(1), lambda z: z.mT.argmax(1, True)),
+    "batch second": argmax_beside(loss_of, lambda z: z.transpose(0, 1)[1:].argmax(-1)),
+    "loss transposed": argmax_beside(lambda z, t: loss_of(z.transpose(0, 1), t.t()), lambda z: z.argmax(-1)),
+    "per row, fewer": argmax_beside(lambda z, t: loss_of(z[:, 1:], t[:, 1:], reduction="none").exp().mean(), lambda z: z.argmax(-1)),
+    "ignored class": argmax_beside(lambda z, t: loss_of(z[:, 1:], t[:, 1:], ignore_index=3), lambda z: z.argmax(-1)),
+    "smoothed": argmax_beside(lambda z, t: loss_of(z[:, 1:], padded(t)[:, 1:], label_smoothing=0.1), lambda z: z.argmax(-1)),
+    "capped": argmax_beside(loss_of, lambda z: z.argmax(-1), linear=lambda h, w: 5.0 * torch.tanh(F.linear(h, w).float() / 5.0)),
+    "scaled": argmax_beside(loss_of, lambda z: z.argmax(-1), linear=lambda h, w: F.linear(h, w).float() * -0.3),
+    "detached": argmax_beside(loss_of, lambda z: z.detach()[:, 1:].argmax(-1)),
+    "no_grad": argmax_beside(loss_of, without_gradients(lambda z: z[:, :-1].argmax(-1))),
+    "log probability": argmax_beside(lambda z, t: z.log_softmax(-1).gather(-1, t[..., None]).mean(), lambda z: z.argmax(-1)),
+    "logsumexp": argmax_beside(lambda z, t: (z.logsumexp(-1) - z.gather(-1, t[..., None])[..., 0]).mean(), lambda z: z.argmax(-1)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("name", ARGMAXES)
+def test_an_argmax_comes_from_the_same_pass(name, dynamic, dtype):
+    """Of whole numbers, which are exact in every order of their sums and often equal."""
+    from fxopt.differential import same_function
+
+    hidden, weight = (torch.randint(-1, 2, (rows, H)).to(dtype) for rows in (B * T, V))
+    args = hidden.view(B, T, H).requires_grad_(), weight.requires_grad_(), torch.randint(0, V, (B, T))
+    graph = captured(ARGMAXES[name], *args, dynamic=dynamic).module
+    outcome = apply_rule(RULE, graph)
+    assert [item.detail.count("argmax too") for item in outcome.rewrites] == [1], [r.reasons for r in outcome.refusals]
+    assert not any("aten.argmax" in target or "aten.max" in target for target in targets(outcome.module))
+    inputs = [int(item) if isinstance(item, torch.SymInt) else item for item in graph.meta["inputs"]]
+    for before, after in zip(graph(*inputs)[1:], outcome.module(*inputs)[1:], strict=True):
+        assert torch.equal(before, after)
+        assert before.stride() == after.stride()
+    if not dynamic:
+        same_function(graph, outcome.module, inputs)
+
+
+REFUSED_ARGMAXES = {
+    "of all": (argmax_beside(loss_of, lambda z: z.argmax()), "is the argmax of all logits together"),
+    "over rows": (argmax_beside(loss_of, lambda z: z.argmax(1)), "takes its classes along axis 1, the vocabulary is axis 2"),
+    "some classes": (argmax_beside(loss_of, lambda z: z[..., :20].argmax(-1)), "slices the vocabulary axis"),
+    "values": (argmax_beside(loss_of, lambda z: z.max(-1)[0]), "is also used by max_1"),
+    "top": (argmax_beside(loss_of, lambda z: z.topk(1)[1]), "is also used by topk"),
+    "of another scale": (argmax_beside(loss_of, lambda z: (z * -1.0).argmax(-1)), "with scale and cap (-1.0, None), the loss some with (1.0, None)"),
+    "rounded": (argmax_beside(loss_of, lambda z: z.bfloat16().argmax(-1)), "rounds the logits to torch.bfloat16"),
+    "detached output": (argmax_beside(loss_of, lambda z: z.detach()), "is also used by detach"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED_ARGMAXES)
+def test_an_argmax_of_other_logits_is_refused(name):
+    fn, sentence = REFUSED_ARGMAXES[name]
+    outcome = applied(fn)
+    assert not outcome.rewrites
+    assert sentence in outcome.refusals[0].reasons[0]
+
+
+@pytest.mark.parametrize(
+    ("linear", "sentence"),
+    [
+        (lambda h, w: F.linear(h, w) / 3.0, "div (aten.div.Tensor) rounds the logits to torch.bfloat16, which makes more of them equal"),
+        (lambda h, w: 5.0 * torch.tanh(F.linear(h, w) * 0.2), "mul (aten.mul.Tensor) rounds the logits to torch.bfloat16"),
+        (lambda h, w: h @ w.t() + w[:, 0], "adds the bias to logits in torch.bfloat16"),
+    ],
+)  # fmt: skip
+def test_an_argmax_of_logits_that_are_rounded_again_is_refused(linear, sentence):
+    model = argmax_beside(loss_of, lambda z: z.argmax(-1), linear=linear)
+    (refusal,) = applied(model, *arguments(torch.bfloat16)).refusals
+    assert sentence in refusal.reasons[0]
+    assert len(applied(model).rewrites) == 1  # in fp32 that is no rounding to speak of
+
+
+@pytest.mark.parametrize("first", ["argmax", "loss"])
+def test_an_argmax_may_come_before_the_loss_and_what_it_needs(first):
+    def model(h, w, t):
+        logits = F.linear(h, w)
+        with torch.no_grad():
+            best = logits.argmax(-1)
+            right = (best == t).float().mean() if first == "argmax" else None
+        loss = loss_of(logits, padded(t))
+        return loss, best if right is None else right
+
+    outcome = applied(model)
+    if first == "argmax":  # and is read before the loss: both cannot be had at one place
+        assert any("switches grad mode" in reason for reason in outcome.refusals[0].reasons)
+    else:
+        assert len(outcome.rewrites) == 1
+        loss, _ = outcome.module(*arguments())
+        assert loss.requires_grad
+
+
+def test_two_argmaxes_share_no_memory():
+    model = argmax_beside(loss_of, lambda z: z.argmax(-1), lambda z: z.argmax(-1))
+    _, one, other = applied(model).module(*arguments())
+    one.zero_()
+    assert other.any()
+
+
+@pytest.mark.parametrize("read", [lambda z: z, lambda z: z[:, :-1].float()], ids=["logits", "some rows"])
+def test_logits_are_deferred_beside_their_argmax(read):
+    def model(h, w, t):
+        logits = F.linear(h, w)
+        given = read(logits)
+        return loss_of(logits, t), given, given.argmax(-1)
+
+    args = arguments()
+    found = torch.compile(model, backend=aot_eager_pipeline)(*args)
+    assert isinstance(found[1], DeferredTensor)
+    for ours, eager in zip(found, model(*args), strict=True):
+        torch.testing.assert_close(ours, eager)
 
 
 def test_logits_that_are_an_output_need_deferring():
@@ -140,6 +287,20 @@ def test_logits_that_are_an_output_need_deferring():
     (refusal,) = applied(model, may_defer=False).refusals
     assert 'a graph output; options={"logits": "deferred"}' in refusal.reasons[0]
     assert applied(model).deferrable == ["linear"]
+
+
+@pytest.mark.parametrize("which", ["read by the loss", "beside the loss"])
+def test_an_output_whose_shape_is_known_only_at_run_time_is_not_deferred(which):
+    def model(h, w, t):
+        flat = F.linear(h, w)
+        logits = flat.view(*t.shape, V)
+        return F.cross_entropy(logits.view(-1, V) if which == "read by the loss" else flat, t.view(-1)), logits
+
+    hidden, weight, target = arguments()
+    hidden = hidden.detach().flatten(0, 1).requires_grad_()
+    (refusal,) = applied(model, hidden, weight, target, dynamic=True).refusals
+    assert refusal.reasons[0].endswith("is also a graph output")
+    assert len(applied(model, hidden, weight, target, dynamic=False).deferrable) == 1
 
 
 OUTPUTS = {

@@ -7,7 +7,8 @@ from typing import Any
 import models
 import pytest
 import torch
-from harness import BACKEND, assert_loss_rewritten, check, compiled
+from allocations import peak_bytes
+from harness import BACKEND, assert_loss_rewritten, check, compiled, rewritten
 from torch import Tensor, nn
 
 import fxopt
@@ -252,3 +253,44 @@ def _curve(call: Callable[..., Any], module: nn.Module, inputs: models.Inputs) -
         sgd.step()
         losses.append(loss.detach().double())
     return torch.stack(losses)
+
+
+class WithAccuracy(nn.Module):
+    """A model whose step returns its loss and how many of the next tokens it got right, as trainers log it."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, **inputs: Any) -> tuple[Tensor, Tensor]:
+        found = self.model(**inputs)
+        with torch.no_grad():
+            labels = inputs["labels"][:, 1:]
+            counted = labels != models.IGNORED
+            right = (found.logits[:, :-1].argmax(-1) == labels) & counted
+        return found.loss, right.sum() / counted.sum()
+
+
+@pytest.mark.parametrize("family", ["llama", pytest.param("gemma2", marks=pytest.mark.slow)])
+def test_token_accuracy_beside_the_loss(family: str) -> None:
+    """Neither makes the logits of all 2048 tokens and 8192 words, 64 MiB; those of 1024 are there at a time."""
+    model, inputs = small(family, vocab_size=8192, batch=32, seq=64, mask="right")
+    # Where every third next token is the one the model would choose, the accuracy is no zero.
+    with torch.no_grad():
+        chosen = model(**{k: v for k, v in inputs.items() if k != "labels"}).logits.argmax(-1)
+    hit = torch.arange(1, 64) % 3 == 0
+    inputs["labels"][:, 1:][:, hit] = chosen[:, :-1][:, hit]
+    twin, module = WithAccuracy(copy.deepcopy(model)), WithAccuracy(model)
+    call = compiled(module, fullgraph=True)
+    found = []
+    for each in (call, twin):
+        loss, accuracy = each(**inputs)
+        loss.backward()
+        found.append((loss.detach(), accuracy, [p.grad for p in each.parameters()]))
+    assert_loss_rewritten()
+    assert "argmax too" in rewritten()[0].detail
+    assert found[0][1] == found[1][1] > 0.3
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-5)
+    logits = 32 * 64 * 8192 * 4
+    needed = [peak_bytes(lambda each=each: each(**inputs)[0].backward()) for each in (call, twin)]
+    assert needed[0] < logits < needed[1] // 2

@@ -59,6 +59,12 @@ class LossKernelSpec:
     gradient: bool = False
     upstream: bool = False
 
+    @property
+    def rounds(self) -> bool:
+        """Whether products are rounded to `dtype`, as they are where they are written: rounded logits tie where others
+        differ, and an argmax is to be the first of them. The loss and its gradient are of the same logits then."""
+        return self.argmax and self.dtype != "fp32"
+
 
 _TILES: Arguments = [(name, "constexpr") for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "GROUP_M")]
 
@@ -76,7 +82,7 @@ def forward_kernel(spec: LossKernelSpec) -> Kernel:
 @functools.lru_cache(256)
 def backward_kernel(spec: LossKernelSpec) -> Kernel:
     """Gradient [N, C] of the products with C rows of W; a program a tile of it."""
-    spec = replace(spec, argmax=False)
+    spec = replace(spec, argmax=spec.rounds)
     rows = [(name, "*fp32") for name in ("Factor", "Largest", "Total")]
     arguments = [*_operands(spec), *rows, ("Gradient", f"*{spec.dtype}")]
     arguments += [("vocabulary", "i32")] if spec.label_smoothing else []

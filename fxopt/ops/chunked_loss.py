@@ -5,7 +5,8 @@ gradient, multiplied out, and overwritten by the next chunk's. The idea is Cut C
 arXiv:2411.09009) and Liger Kernel's (Hsu et al. 2024, arXiv:2410.10989); unlike Liger's, sums over chunks are fp32.
 
 Ignored rows are left out before the first product where that costs no synchronisation (on a CPU), and have no part in
-anything: a NaN in an ignored row of `hidden` does not reach the gradients, as it would through eager's 0 * NaN.
+anything but the argmax, for which their logits, and no gradients, are computed last: a NaN in an ignored row of
+`hidden` does not reach the gradients, as it would through eager's 0 * NaN.
 """
 
 from __future__ import annotations
@@ -74,6 +75,9 @@ def loss_and_gradients(
     chunks = _Chunks(rows, weight, bias, spec, wanted, argmax, upstream, LogitRows if kernels else LogitBlocks)
     for chunk in slices(len(rows), chunks.step):
         chunks.add(chunk)
+    if argmax and rows.dropped is not None:
+        for some in rows.dropped.split(chunks.step):
+            chunks.choose(some)
     return chunks.result()
 
 
@@ -92,7 +96,8 @@ class _Chunks:
         kind: type[LogitBlocks | LogitRows],
     ):
         self.rows, self.wanted, self.dtype = rows, wanted, accumulate_dtype(weight.dtype)
-        self.step = chunk_rows(len(rows), weight.shape[0], weight.dtype, least_rows(weight, wanted.weight))
+        passing = rows.hidden.shape[0] if argmax else len(rows)
+        self.step = chunk_rows(passing, weight.shape[0], weight.dtype, least_rows(weight, wanted.weight))
         self.products = products_for(weight, bias, self.step, wanted.weight)
         self.logits = kind(rows, weight.shape[0], self.step, spec, bool(wanted), wanted.bias, argmax, upstream)
         self.factor = self._factor(spec)
@@ -108,6 +113,11 @@ class _Chunks:
         if self.hidden is not None:
             gradient = self.products.times_weight(logits).to(self.dtype) * self.factor
             self.rows.put(gradient.to(self.hidden.dtype), chunk, self.hidden)
+
+    def choose(self, positions: Tensor) -> None:
+        """The argmax of rows that were left out, at `positions` [C], no more than `step`."""
+        assert isinstance(self.logits, LogitBlocks)  # by kernels no row is left out
+        self.logits.choose(self.products.logits(self.rows.hidden[positions]), positions)
 
     def result(self) -> LossAndGradients:
         """What all chunks add up to. Call it once, last."""

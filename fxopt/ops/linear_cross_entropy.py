@@ -85,8 +85,13 @@ def linear_cross_entropy_and_argmax(
 ) -> tuple[Tensor, Tensor]:
     """`linear_cross_entropy`, and from the same pass the class of each row's largest logit.
 
-    That is int64, in target's shape, the first of several that are largest, and -1 where the row is ignored, so that
-    ``(argmax == target).sum() / (target != ignore_index).sum()`` is the accuracy.
+    That is int64, in target's shape, of every row, ignored or not: what ``z.argmax(-1)`` gives. Unless `ignore_index`
+    is a class, ``(argmax == target).sum() / (target != ignore_index).sum()`` is the accuracy.
+
+    Logits are rounded to the inputs' dtype here, however they are computed, then scaled and capped in fp32. Of several
+    that are largest it is the first; NaN counts as the largest, by kernels as one of those that are infinite. Logits
+    that differ by no more than the order of the sums over H makes may change places, or may be equal, as they may from
+    one matrix product of a library to another.
     """
     spec = LossSpec(scale, _checked(softcap), label_smoothing, z_loss, ignore_index, reduction)
     return _call(hidden, weight, bias, target, spec, True, recompute, lowering)

@@ -49,13 +49,19 @@ class LogitBlocks:
         self.wide = wide.new_empty(self.block, vocabulary) if dtype != self.dtype else wide
         self.capped = wide.new_empty(self.block, vocabulary) if spec.softcap and gradients else wide
         self.losses = wide.new_zeros(rows.hidden.shape[0])
-        self.argmax = rows.target.new_full(rows.hidden.shape[:1], -1) if argmax else None
+        self.argmax = rows.target.new_empty(rows.hidden.shape[0]) if argmax else None
         self.bias = wide.new_zeros(vocabulary) if bias else None
 
     def turn(self, logits: Tensor, chunk: slice) -> None:
         """Take in the logits [C, V] of the rows `chunk`; with gradients they are overwritten by theirs."""
         for block in slices(logits.shape[0], self.block):
             self._turn_block(logits[block], slice(chunk.start + block.start, chunk.start + block.stop))
+
+    def choose(self, logits: Tensor, positions: Tensor) -> None:
+        """Take in the logits [C, V] of rows that were left out, at `positions` [C], for their argmax alone."""
+        assert self.argmax is not None
+        for block in slices(logits.shape[0], self.block):
+            self.argmax[positions[block]] = self._scores(logits[block])[0].argmax(-1)
 
     def free(self) -> None:
         """Give the buffers back. Nothing can be handed in after that."""
@@ -68,9 +74,9 @@ class LogitBlocks:
             target = target.masked_fill(ignored, 0)
         scores, tanh = self._scores(logits)
         if self.argmax is not None:
-            self._put(scores.argmax(-1), ignored, -1, block, self.argmax)
+            self.rows.put(scores.argmax(-1), block, self.argmax)
         losses, probabilities, lse = self._losses(scores, target)
-        self._put(losses, ignored, 0, block, self.losses)
+        self.rows.put(losses if ignored is None else losses.masked_fill(ignored[:, 0], 0), block, self.losses)
         if not self.gradients:
             return
         gradient = self._logit_gradient(probabilities, tanh, lse, target, block)
@@ -80,11 +86,6 @@ class LogitBlocks:
             self.bias.add_(gradient.sum(0))
         if gradient.data_ptr() != logits.data_ptr():
             logits.copy_(gradient)
-
-    def _put(self, values: Tensor, ignored: Tensor | None, where_ignored: int, block: slice, result: Tensor) -> None:
-        if ignored is not None:
-            values = values.masked_fill(ignored[:, 0], where_ignored)
-        self.rows.put(values, block, result)
 
     def _scores(self, logits: Tensor) -> tuple[Tensor, Tensor | None]:
         """Scaled and capped logits [B, V] in `dtype`, and the tanh that capped them."""

@@ -76,7 +76,6 @@ def _put_together(
     ignored, best = target == spec.ignore_index, None
     if "Best" in found:
         best = found["Best"].gather(0, found["Largest"].argmax(0, keepdim=True)).squeeze(0).to(torch.int64)
-        best = best.masked_fill(ignored, -1)
     losses, count = losses.masked_fill(ignored, 0.0), (target != spec.ignore_index).sum()
     return LossAndGradients(losses, count, None, None, None, best), torch.stack((largest, total))
 
@@ -92,10 +91,14 @@ def gradients(
     target: Tensor,
     normalizer: Tensor,
     spec: LossSpec,
+    argmax: bool,
     wanted: Wanted,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """By hidden, weight and bias, in their dtype and (weight) strides; upstream: the loss's, a scalar or [N]."""
-    x, w, generated = _operands(hidden, weight, bias, spec, argmax=False)
+    """By hidden, weight and bias, in their dtype and (weight) strides.
+
+    upstream: the loss's, a scalar or [N]; argmax: whether the forward was asked for it, since it rounded logits then.
+    """
+    x, w, generated = _operands(hidden, weight, bias, spec, argmax)
     factor = _row_factors(upstream, target, spec)
     by_x = x.new_zeros(x.shape, dtype=torch.float32) if wanted.hidden else None
     by_w = torch.empty_like(weight) if wanted.weight else None

@@ -18,7 +18,7 @@ By Triton, gradients that wait are computed by tiles, as losses alone are (`fxop
 chunks (`fxopt.ops.chunked_loss`). Results, of which those not computed are empty:
 
     loss: fp32 (fp64 for fp64), a scalar, or [N] for "none"; grad_hidden, grad_weight, grad_bias: in `gradient_dtype`
-    normalizer: [2, N], what the backward by tiles needs; best: [N] int64, the argmax
+    normalizer: [2, N], what the backward by tiles needs; best: [N] int64, the argmax of every row, ignored or not
 """
 
 from __future__ import annotations
@@ -193,7 +193,7 @@ def _recompute(
     with torch.autocast(hidden.device.type, enabled=False):
         if call.by_tiles(hidden):
             found = loss_launch.gradients(
-                upstream, hidden, weight, bias, target, normalizer, call.spec, call.wanted
+                upstream, hidden, weight, bias, target, normalizer, call.spec, call.argmax, call.wanted
             )  # fmt: skip
         else:
             rows = upstream.expand(target.shape)

@@ -9,12 +9,14 @@ class Rows:
     """The rows that count: their hidden states and targets.
 
     drops: whether ignored rows are left out, which waits for the device to count them, and targets that are no class
-    raise IndexError. Else all rows are kept, and those that are ignored are marked in `ignored`.
+    raise IndexError. Else all rows are kept, and those that are ignored are marked in `ignored`. Those left out, if
+    any, are `dropped`: their positions.
     """
 
     def __init__(self, hidden: Tensor, target: Tensor, ignore_index: int, vocabulary: int, drops: bool):
         self.hidden, self.target = hidden, target
         self.positions: Tensor | None = None
+        self.dropped: Tensor | None = None
         self.ignored: Tensor | None = None
         ignored = target == ignore_index
         if not drops:
@@ -22,7 +24,7 @@ class Rows:
             self.count: int | Tensor = (~ignored).sum()
             return
         if ignored.any():
-            self.positions = (~ignored).nonzero().squeeze(1)
+            self.positions, self.dropped = (~ignored).nonzero().squeeze(1), ignored.nonzero().squeeze(1)
             self.target = target[self.positions]
         self.count = self.target.shape[0]
         wrong = self.target[(self.target < 0) | (self.target >= vocabulary)]

@@ -13,10 +13,11 @@ import harness
 import models
 import pytest
 import torch
+import torch.nn.functional as F
 from allocations import peak_bytes
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from loss_cases import check, constants, eager, problem, problems, run
+from loss_cases import check, constants, eager, problem, problems, run, whole_numbers, with_argmax
 from torch import Tensor, fx
 
 import fxopt
@@ -172,18 +173,52 @@ def test_a_small_probability_keeps_its_loss_and_a_large_one_its_gradient(recompu
 
 @PATHS
 def test_argmax_is_the_first_of_the_largest_logits_in_any_tile(recompute: bool) -> None:
-    draw = torch.Generator().manual_seed(0)
-    hidden, weight = (torch.randint(-1, 2, (rows, 8), generator=draw).float() for rows in (70, 150))
-    bias, target = torch.zeros(150), torch.randint(0, 150, (70,), generator=draw)
+    hidden, weight, bias, target = whole_numbers()
     target[3] = -100
     loss, best = linear_cross_entropy_and_argmax(
         hidden, weight, bias, target, reduction="none", lowering="interpret", recompute=recompute
     )
-    logits = hidden @ weight.t()  # of whole numbers: exact, and the largest is rarely alone
+    logits = hidden @ weight.t()
     largest = logits == logits.amax(-1, keepdim=True)
     assert (largest[:, :32].any(-1) & largest[:, 32:].any(-1)).any()  # in two parts of the vocabulary
     assert torch.equal(loss, interpreted(hidden, weight, bias, target, reduction="none", recompute=recompute))
-    assert torch.equal(best, logits.argmax(-1).masked_fill(target == -100, -1))
+    assert torch.equal(best, logits.argmax(-1))
+
+
+@PATHS
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_argmax_is_of_logits_rounded_to_the_inputs_dtype(
+    dtype: torch.dtype, softcap: float | None, recompute: bool
+) -> None:
+    """Logits of 256 and a little: 8 or 11 bits keep few of them apart, and the product in fp32 all."""
+    draw = torch.Generator().manual_seed(0)
+    hidden, weight = ((size + torch.rand(rows, 16, generator=draw)).to(dtype) for size, rows in ((1, 70), (12, 150)))
+    target = torch.randint(0, 150, (70,), generator=draw).masked_fill(torch.arange(70) % 3 == 0, -100)
+    _, best = linear_cross_entropy_and_argmax(
+        hidden, weight, None, target, softcap=softcap, lowering="interpret", recompute=recompute
+    )
+    product = hidden.double() @ weight.double().t()
+    rounded = product.to(dtype).double()
+    expected = rounded.argmax(-1) if softcap is None else (rounded.float() / softcap).tanh().argmax(-1)
+    assert not torch.equal(expected, product.argmax(-1))
+    assert torch.equal(best, expected)
+
+
+@PATHS
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_beside_an_argmax_loss_and_gradients_are_of_the_same_logits(dtype: torch.dtype, recompute: bool) -> None:
+    *tensors, target = problem(dtype=dtype)
+    target[::5] = -100
+    check(tensors, target, 0.3, with_argmax, softcap=5.0, lowering="interpret", recompute=recompute)
+
+
+@PATHS
+def test_argmax_of_rows_that_are_no_numbers_is_torchs(recompute: bool) -> None:
+    hidden, weight, bias, target = (t.detach() for t in problem())
+    hidden[3] = bias[40] = math.nan
+    _, best = linear_cross_entropy_and_argmax(hidden, weight, bias, target, lowering="interpret", recompute=recompute)
+    assert torch.equal(best, (hidden @ weight.t() + bias).argmax(-1))
 
 
 # --- as an operator ------------------------------------------------------------------------------------------------
@@ -261,3 +296,28 @@ def test_a_training_step_of_a_model(family: str) -> None:
         harness.check(model, torch.compile(model, backend=loss_alone), inputs)
     assert tiles.call_count == 1
     harness.assert_loss_rewritten()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_argmax_beside_the_loss_comes_from_the_tiles(dtype: torch.dtype) -> None:
+    """Of all rows, though the loss reads others and ignores some."""
+    hidden, weight, _, target = whole_numbers(dtype)
+    target[::4] = -100
+    hidden.requires_grad_(), weight.requires_grad_()
+
+    def model(h: Tensor, w: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        logits = F.linear(h.view(7, 10, -1), w)
+        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), t.view(7, 10)[:, 1:].flatten())
+        return loss, logits.argmax(-1)
+
+    fxopt.clear_reports()
+    with mock.patch.object(loss_launch, "token_losses", wraps=loss_launch.token_losses) as tiles:
+        loss, best = torch.compile(model, backend=loss_alone)(hidden, weight, target)
+    assert tiles.call_count == 1
+    harness.assert_loss_rewritten()
+    assert torch.equal(best, model(hidden, weight, target)[1])
+    gradients, expected = (
+        torch.autograd.grad(one, (hidden, weight)) for one in (loss, model(hidden, weight, target)[0])
+    )
+    for ours, theirs in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0.02, atol=1e-4)

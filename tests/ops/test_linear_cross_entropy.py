@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from allocations import peak_bytes
 from hypothesis import given
 from hypothesis import strategies as st
-from loss_cases import DTYPES, NAMES, Loss, check, constants, eager, problem, problems, run
+from loss_cases import DTYPES, NAMES, Loss, check, constants, eager, problem, problems, run, whole_numbers, with_argmax
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode
@@ -207,12 +207,42 @@ def test_argmax_is_that_of_the_logits_and_changes_nothing_else(dtype: torch.dtyp
     assert torch.equal(losses, alone)
     logits = (hidden.double() @ weight.double().t() + bias.double()).detach()
     if dtype in (torch.float64, torch.float32):
-        assert torch.equal(best.flatten(), logits.argmax(-1).masked_fill(target == -100, -1))
-    chosen = logits.gather(1, best.view(-1, 1).clamp(min=0)).squeeze(1)
-    near = chosen >= logits.amax(-1) - 2 * torch.finfo(dtype).eps * logits.abs().amax(-1)
-    assert near[target != -100].all()
+        assert torch.equal(best.flatten(), logits.argmax(-1))
+    chosen = logits.gather(1, best.view(-1, 1)).squeeze(1)
+    assert (chosen >= logits.amax(-1) - 2 * torch.finfo(dtype).eps * logits.abs().amax(-1)).all()
     assert best.shape == (7, 10)
-    assert best.flatten()[3] == -1
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("ignored", [slice(0, 0), slice(1, None, 3), slice(None)], ids=["none", "some", "all"])
+def test_argmax_is_of_ignored_rows_too_and_the_first_of_equal_logits(dtype: torch.dtype, ignored: slice) -> None:
+    hidden, weight, bias, target = whole_numbers(dtype)
+    target[ignored] = -100
+    logits = F.linear(hidden, weight)
+    assert (torch.sum(logits == logits.amax(-1, keepdim=True), -1) > 1).any()
+    with small_chunks():
+        found = [
+            linear_cross_entropy_and_argmax(hidden.requires_grad_(trained), weight, bias, target, recompute=False)[1]
+            for trained in (True, False)
+        ]
+    assert all(torch.equal(best, logits.argmax(-1)) for best in found)
+
+
+def test_argmax_of_ignored_rows_changes_no_gradient() -> None:
+    *tensors, target = problem()
+    target[::2] = -100
+    with small_chunks():
+        alone, beside = (run(loss, tensors, target) for loss in (linear_cross_entropy, with_argmax))
+    assert all(torch.equal(a, b) for a, b in zip(alone.named().values(), beside.named().values(), strict=True))
+
+
+def test_argmax_of_rows_that_are_no_numbers_is_torchs() -> None:
+    hidden, weight, bias, target = (t.detach() for t in problem())
+    bias[[5, 9]] = torch.tensor([math.inf, math.nan])
+    hidden[3] = math.nan
+    target[::4] = -100
+    _, best = linear_cross_entropy_and_argmax(hidden, weight, bias, target)
+    assert torch.equal(best, F.linear(hidden, weight, bias).argmax(-1))
 
 
 # --- edges -------------------------------------------------------------------------------------------------------
