@@ -12,6 +12,7 @@ curve   the demo's model, 200 steps, three seeds of its weights: losses in fp32 
 
 import argparse
 import copy
+import json
 import math
 import statistics
 import sys
@@ -280,6 +281,15 @@ MEASURES = {"time": measure_time, "casts": measure_casts, "errors": measure_erro
 SHOW = {"time": show_time, "casts": show_casts, "errors": show_errors, "curve": show_curve}
 
 
+def measured_before(path: Path, machine: dict[str, Any]) -> dict[str, Any]:
+    """The parts that `path` holds already, of the same commit and machine: a part can be measured alone."""
+    if not path.exists():
+        return {}
+    found: dict[str, Any] = json.loads(path.read_text())
+    alike = all(found["machine"][key] == machine[key] for key in ("commit", "cpu", "dirty"))
+    return {part: found[part] for part in PARTS if part in found} if alike else {}
+
+
 def problems(results: dict[str, Any]) -> list[str]:
     """What misses its target, a sentence each."""
     wrong = []
@@ -309,7 +319,7 @@ def main() -> int:
     if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         console.print("this processor has no bf16 products: time says nothing about one that has", style="red")
     machine = begin(console, options.quick)
-    results = {}
+    results = measured_before(options.json, machine) if options.json else {}
     for part in options.part:
         results[part] = MEASURES[part](options, console)
         SHOW[part](results[part], console)
