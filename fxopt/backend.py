@@ -14,7 +14,6 @@ from fxopt import compat, verify
 from fxopt.choice import Choice
 from fxopt.choosing import Chooser
 from fxopt.differential import same_function
-from fxopt.fake import without_autocast
 from fxopt.options import Options
 from fxopt.outputs import OutputPlan, defer_outputs
 from fxopt.passes import precision
@@ -83,7 +82,7 @@ def run(
     mixed: precision.Precision | None = None
     if options.precision is not None:
         graph, mixed = stages.run("precision", lambda: cast(graph, stages), otherwise=(graph, mixed))
-    with contextlib.nullcontext() if mixed is None else without_autocast():  # its casts are all that there are
+    with contextlib.nullcontext() if mixed is None else compat.shielded_from_autocast():  # it has its casts
         graph, deferrable = stages.run(
             "rewrite", lambda: rewrite(graph, inputs, stages, chooser), otherwise=(graph, nothing)
         )

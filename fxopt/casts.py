@@ -14,7 +14,7 @@ from torch import fx
 
 from fxopt import compat
 from fxopt.effects import storages_of
-from fxopt.fake import value_of
+from fxopt.fake import arguments, value_of
 from fxopt.rule import Place, provenance_of
 
 __all__ = ["MARK", "VIEWS", "Cast", "Casts", "casts_of", "dtype_name", "is_float", "is_made"]
@@ -106,14 +106,21 @@ class Casts:
             return None
         source: Any = node.args[0]
         before = value_of(source).dtype
+        exact = before == dtype and is_exact(before, value_of(node).dtype)
+        return source if exact and self.is_same(source, node) else None
+
+    def is_same(self, source: fx.Node, node: fx.Node) -> bool:
+        """Whether a reader of `node` may read what `source` is made into: nothing writes to it in between, and
+        gradients that would be stopped on the way (`no_grad`) are not let through."""
         written = not storages_of(value_of(source)).isdisjoint(self.written)
-        return source if before == dtype and is_exact(before, value_of(node).dtype) and not written else None
+        stopped = value_of(source).requires_grad and not _grad_mode(node)  # a view of it says that it requires grad
+        return not written and not stopped and value_of(source).requires_grad == value_of(node).requires_grad
 
     def placed(self, node: fx.Node, dtype: torch.dtype, reason: str, reader: fx.Node) -> fx.Node:
         """A cast of `node`, or the movement `node` of a cast of what it moves."""
         if value_of(node).dtype == dtype:
             return node
-        key = node, dtype, reader.meta.get("grad")
+        key = node, dtype, _grad_mode(reader)
         if not storages_of(value_of(node)).isdisjoint(self.written):
             return self.cast(node, dtype, reason, reader)
         if key not in self.made:
@@ -130,7 +137,7 @@ class Casts:
         if node.target not in VIEWS | _COPIES or (node.target in _COPIES and node not in self.once):
             return False
         source, result = value_of(node.args[0]), value_of(node)
-        if not is_float(source) or source.dtype != result.dtype:
+        if not is_float(source) or source.dtype != result.dtype or not self.is_same(arguments(node)[0], node):
             return False
         return size_of(source, source.dtype) <= size_of(result, source.dtype)
 
@@ -139,12 +146,15 @@ class Casts:
         made = self.graph.create_node("call_function", aten.to.dtype, (node, dtype), name=name)
         # Where the value was made, as the report says of everything; inputs and weights were not made in the graph.
         place = provenance_of(reader if node.op in ("placeholder", "get_attr") else node)
-        made.meta.update(place, val=value_of(node).to(dtype), **{MARK: reason})
+        with torch.set_grad_enabled(_grad_mode(reader)):
+            value = value_of(node).to(dtype)
+        made.meta.update(place, grad=_grad_mode(reader), val=value, **{MARK: reason})
         return made
 
     def moved(self, node: fx.Node, source: fx.Node) -> fx.Node:
         made = self.graph.node_copy(node, lambda one: source if one is node.args[0] else one)
-        made.meta["val"] = value_of(node).to(value_of(source).dtype)
+        with torch.set_grad_enabled(node.meta.get("grad", True)):
+            made.meta["val"] = value_of(node).to(value_of(source).dtype)
         return made
 
     def bytes_one_by_one(self) -> tuple[int, int]:
@@ -161,6 +171,11 @@ class Casts:
                 cached.add((node, dtype))
             count, total = count + 1, total + size_of(value_of(node), dtype)
         return count, total
+
+
+def _grad_mode(reader: fx.Node) -> bool:
+    """The grad mode in which `reader` is computed; the output node, which computes nothing, has none of its own."""
+    return bool(reader.meta.get("grad", True))
 
 
 def is_made(node: fx.Node) -> bool:

@@ -55,6 +55,7 @@ __all__ = [
     "mode_options",
     "outside_dispatch_modes",
     "pytree",
+    "shielded_from_autocast",
     "size_expression",
     "size_hint",
     "tag_activation_checkpoint",
@@ -103,6 +104,20 @@ def ignoring_fresh_symbols(mode: FakeTensorMode | None) -> Iterator[None]:
 def size_expression(size: Any) -> Any:
     """A size as an int, or as the sympy expression behind a symbolic one; reading it installs no guard."""
     return size.node.expr if isinstance(size, torch.SymInt) else size
+
+
+@contextlib.contextmanager
+def shielded_from_autocast() -> Iterator[None]:
+    """Within, autocast is off, and what AOTAutograd compiles switches it off while it runs, forward and backward.
+
+    By itself it does so only if autocast was on while it compiled (``disable_amp``).
+    """
+    with contextlib.ExitStack() as stack:
+        for device in ("cpu", "cuda", "xpu", "mps"):
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        with patched(torch._C, "_is_any_autocast_enabled", lambda: True):
+            yield
 
 
 def size_hint(size: Any) -> Any:

@@ -7,7 +7,6 @@ the old nodes. Nothing is decided by looking ahead.
 from __future__ import annotations
 
 import contextlib
-import math
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,12 +15,14 @@ import torch
 from torch import Tensor, fx
 
 from fxopt import compat
-from fxopt.casts import MARK, VIEWS, Casts, dtype_name, is_float
+from fxopt.casts import MARK, Casts, dtype_name, is_float
 from fxopt.effects import mutated_storages, mutates, storages_of
 from fxopt.fake import arguments, bound_arguments, value_of
+from fxopt.held import beyond, counts, is_given, returned_views, written_in_bodies
 from fxopt.ops.support import lacks
 from fxopt.policy import LOW_ARGUMENTS, Class, Policy, operator_name
 from fxopt.rule import Place, module_path
+from fxopt.simplify import WIDE
 
 __all__ = ["Mixed"]
 
@@ -29,6 +30,20 @@ aten = torch.ops.aten
 
 _WHOLE = "an operand holds whole numbers, positions say, which 16 bits would round"
 _STREAM = "the residual stream has 16 bits"
+_PUTS = frozenset(
+    {
+        aten.where.self, aten.masked_fill.Tensor, aten.maximum.default, aten.minimum.default, aten.fmax.default,
+        aten.fmin.default, aten.clamp.Tensor, aten.add.Tensor, aten.sub.Tensor,
+    }
+)  # fmt: skip
+"""Operators that may put a number of one input in the place of another's."""
+_ONE_DTYPE = frozenset(
+    {
+        aten.index_put.default, aten.index_copy.default, aten.masked_scatter.default, aten.scatter.src,
+        aten.slice_scatter.default, aten.select_scatter.default, aten.diagonal_scatter.default,
+    }
+)  # fmt: skip
+"""Operators that refuse inputs of two dtypes when they run, though not on fake tensors."""
 
 
 class Mixed:
@@ -43,11 +58,13 @@ class Mixed:
         self.gm, self.policy = gm, policy
         self.given = None if given is None else iter(given)
         self.graph = fx.Graph()
-        self.written = mutated_storages(gm.graph)
+        self.written = mutated_storages(gm.graph) | written_in_bodies(gm)
+        self.shared = {} if given is not None else returned_views(gm)
         self.casts = Casts(self.graph, self.written)
         self.env: dict[fx.Node, fx.Node] = {}
         self.whole: set[fx.Node] = set()
-        self.regions: list[bool] = []
+        self.active: set[fx.Node] = set()
+        self.regions: list[tuple[str, bool]] = []
         self.bodies: dict[str, fx.GraphModule] = {}
         self.kept: list[tuple[str, str]] = []
         self.paths: set[str] = set()
@@ -81,6 +98,22 @@ class Mixed:
             self.enter(node)
         else:
             self.compute(node)
+            self.note(node)
+
+    def note(self, node: fx.Node) -> None:
+        """What of a computed node later ones will ask; and its dtype, where other outputs are views of it."""
+        new, floats = self.env[node], self.floats_of(node)
+        product = self.policy.class_of(node.target) == "low" or node.target is aten.embedding.default
+        if product or any(self.env[one] in self.active for one in floats):
+            self.active.add(new)
+        if self.is_whole(node, floats):
+            self.whole.add(new)
+        if any(self.shared.get(storage) is node for storage in storages_of(value_of(node))):
+            self.env[node] = self.as_before(node, node, "outputs share its memory, and keep their dtype")
+
+    def floats_of(self, node: fx.Node) -> list[fx.Node]:
+        """The floating inputs of `node`."""
+        return [one for one in node.all_input_nodes if is_float(value_of(self.env[one]))]
 
     def is_plumbing(self, node: fx.Node) -> bool:
         """Nodes without a dtype: sizes, and the parts of a tuple."""
@@ -93,9 +126,9 @@ class Mixed:
         return fx.node.map_arg(node.args[0], lambda one: self.as_before(one, node, "an output keeps its dtype"))
 
     def switch(self, node: fx.Node) -> None:
-        """Autocast regions go; whether the innermost one is switched off stays known."""
+        """Autocast regions go; what the innermost one of a device said stays known."""
         if node.target is compat.ENTER_AUTOCAST:
-            self.regions.append(bool(arguments(node)[2]))
+            self.regions.append((str(arguments(node)[0]), bool(arguments(node)[2])))
         else:
             self.regions.pop()
 
@@ -114,7 +147,10 @@ class Mixed:
 
     def class_of(self, node: fx.Node) -> tuple[Class | None, str]:
         """The class that `node` computes in, None for the dtypes it had, and the reason for a cast or for no cast."""
-        if not isinstance(node.target, compat.OpOverload) or "kept" in node.meta or mutates(node):
+        if not isinstance(node.target, compat.OpOverload):
+            self.kept.append((node.name, f"{node.target} and what it is given keep their dtypes ({Place.of(node)})"))
+            return None, "it is given to a body"
+        if "kept" in node.meta or mutates(node) or node.target is aten.view.dtype:
             return None, "it must have the dtype it had"
         if not storages_of(value_of(node)).isdisjoint(self.written):
             return None, "it is written to in place"
@@ -122,6 +158,8 @@ class Mixed:
         reason = self.why_kept(node)
         if reason and chosen == "low":
             self.kept.append((node.name, f"{reason} ({Place.of(node)})"))
+        if reason and node.meta.get("autocast") is not None:
+            return "fp32", reason  # what it had was autocast's
         if reason:
             return None, reason
         if operator_name(node.target).split("::")[0] not in ("aten", "prims") and chosen == "follow":
@@ -144,7 +182,9 @@ class Mixed:
         return self.policy.compute == torch.bfloat16 and arguments(node)[1] in (2, 3, 4) and not summed
 
     def why_kept(self, node: fx.Node) -> str:
-        if self.regions and not self.regions[-1]:
+        values = [value for value in compat.pytree.tree_leaves(value_of(node)) if isinstance(value, Tensor)]
+        said = [enabled for device, enabled in self.regions if values and device == values[0].device.type]
+        if said and not said[-1]:
             return "autocast is switched off here"
         pattern = self.policy.keeps(module_path(node))
         return f"keep_fp32 has {pattern!r}" if pattern else ""
@@ -186,50 +226,71 @@ class Mixed:
     def follow(self, node: fx.Node) -> None:
         """An operator in the dtypes it is given; in fp32 where 16 bits would change what it says."""
         if node.target is aten.to.dtype and self.is_idle(node):
-            self.env[node] = self.env[arguments(node)[0]]
+            self.pass_on(node)
             return
-        floats = [one for one in node.all_input_nodes if is_float(value_of(self.env[one]))]
+        floats = self.floats_of(node)
         narrow = [one for one in floats if value_of(self.env[one]).dtype != torch.float32]
-        if narrow and (_beyond(node, value_of(self.env[narrow[0]]).dtype) or self.mixes_a_scalar(floats, narrow)):
-            self.emit(node, lambda one: self.cast(one, torch.float32, node, "a constant that 16 bits do not hold"))
+        asked = node.meta.get(WIDE, ())
+        if narrow and beyond(node, value_of(self.env[narrow[0]]).dtype):
+            self.emit(
+                node, lambda one: self.cast(one, torch.float32, node, "a constant is beyond the range of 16 bits")
+            )
+        elif narrow and self.mixes_a_scalar(node, floats, narrow):
+            self.emit(node, lambda one: self.cast(one, torch.float32, node, "a number in fp32 is met in fp32"))
+        elif 0 < len(narrow) < len(floats) and node.target in _ONE_DTYPE:
+            self.emit(node, lambda one: self.cast(one, torch.float32, node, "the operator takes one dtype"))
         elif self.is_stream(node, floats, narrow):
             self.emit(node, lambda one: self.cast(one, self.policy.residual, node, _STREAM))
-        else:
+        elif not narrow or not any(one in narrow for one in asked):
             self.emit(node, lambda one: self.no_wider(one, node))
-        self.note_whole(node, floats)
+        else:
+            self.emit(node, lambda one: self.cast(one, torch.float32, node, "the code says .float()")
+                      if one in asked else self.no_wider(one, node))  # fmt: skip
         if node.target is aten.embedding.default and self.policy.residual != torch.float32:
             self.env[node] = self.casts.to(self.env[node], self.policy.residual, _STREAM, node)
 
     def is_idle(self, node: fx.Node) -> bool:
         """Whether a cast of the user's is to the dtype that its input now has."""
-        source, dtype = self.env[arguments(node)[0]], value_of(node).dtype
-        return isinstance(value_of(source), Tensor) and value_of(source).dtype == dtype and is_float(value_of(source))
+        value = value_of(self.env[arguments(node)[0]])
+        return is_float(value) and bool(value.dtype == value_of(node).dtype)
 
-    def mixes_a_scalar(self, floats: Sequence[fx.Node], narrow: Sequence[fx.Node]) -> bool:
-        """Whether an fp32 tensor without axes meets 16-bit ones: it would be rounded, `finfo.min` to -inf."""
+    def pass_on(self, node: fx.Node) -> None:
+        """The input of an idle cast in its place: detached, where the cast is under `no_grad`; a copy, where the caller
+        would see that they are one tensor."""
+        before: Any = arguments(node)[0]
+        source = self.env[before]
+        stopped = value_of(before).requires_grad and not node.meta.get("grad", True)
+        target = aten.detach.default if stopped else aten.clone.default
+        if stopped or any(user.op == "output" for user in node.users):
+            made = self.graph.call_function(target, (source,))
+            made.meta = dict(node.meta) | {"val": target(value_of(source))}
+            source = made
+        self.env[node] = source
+
+    def mixes_a_scalar(self, node: fx.Node, floats: Sequence[fx.Node], narrow: Sequence[fx.Node]) -> bool:
+        """Whether an fp32 tensor without axes takes a 16-bit one's place, which would round it: `finfo.min` to -inf."""
         wide = (value_of(one) for one in floats if one not in narrow)
-        return any(value.dim() == 0 for value in wide)
+        return node.target in _PUTS and any(value.dim() == 0 for value in wide)
 
     def is_stream(self, node: fx.Node, floats: Sequence[fx.Node], narrow: Sequence[fx.Node]) -> bool:
         """Whether `node` adds a 16-bit tensor to an fp32 one of its size, and the stream is to have 16 bits."""
         if node.target is not aten.add.Tensor or self.policy.residual == torch.float32:
             return False
         shapes = {str(tuple(value_of(one).shape)) for one in floats}
-        return bool(narrow) and len(narrow) < len(floats) and len(shapes) == 1
+        mixed = bool(narrow) and len(narrow) < len(floats) and len(shapes) == 1
+        return mixed and all(self.env[one] in self.active for one in floats)  # a mask comes from no product
 
-    def note_whole(self, node: fx.Node, floats: Sequence[fx.Node]) -> None:
-        """Remember that `node` holds whole numbers as floats, or is made of such: positions, distances."""
-        if not is_float(value_of(node)):
-            return
-        new = self.env[node]
-        if node.target is aten.to.dtype:
-            made = _counts(arguments(node)[0])
-        else:
-            made = node.target in (aten.arange.default, aten.arange.start, aten.arange.start_step)
+    def is_whole(self, node: fx.Node, floats: Sequence[fx.Node]) -> bool:
+        """Whether `node` holds whole numbers as floats, or is made of such: positions, distances."""
+        if not is_float(value_of(node)) or self.policy.class_of(node.target) != "follow":
+            return False
+        if node.target is aten.to.dtype and counts(arguments(node)[0]):
+            return True
+        if node.target in (aten.arange.default, aten.arange.start, aten.arange.start_step):
+            return True
         inherits = [self.env[one] in self.whole for one in floats]
         others = (one for one, whole in zip(floats, inherits, strict=True) if not whole)
-        if made or (any(inherits) and all(_is_given(one) and not value_of(one).requires_grad for one in others)):
-            self.whole.add(new)
+        return any(inherits) and all(is_given(one) and not value_of(one).requires_grad for one in others)
 
     # --- casts of arguments: from a node of the old graph to one of the new ---
 
@@ -241,6 +302,8 @@ class Mixed:
         """As it is, but rounded where the old graph rounded: else fp32 would spread through a model of 16 bits."""
         value, before = value_of(self.env[one]), value_of(one)
         wider = is_float(before) and before.dtype != torch.float32 and value.dtype == torch.float32
+        if reader.meta.get("autocast") is not None:
+            return self.env[one]  # it was autocast that rounded
         return self.as_before(one, reader, "rounded as it was") if wider else self.env[one]
 
     def cast(self, one: fx.Node, dtype: torch.dtype, reader: fx.Node, reason: str) -> fx.Node:
@@ -269,16 +332,17 @@ class Mixed:
 
     def emit(self, node: fx.Node, change: Callable[[fx.Node], fx.Node]) -> None:
         """`node` on arguments brought to their dtypes by `change`; where it refuses them, all in the widest."""
-        arranged = {one: change(one) for one in node.all_input_nodes}
-        try:
-            self.place(node, arranged)
-        except Exception:  # some operators take inputs of one dtype only, and only calling them tells which
-            floats = [one for one in node.all_input_nodes if is_float(value_of(arranged[one]))]
-            if len({value_of(arranged[one]).dtype for one in floats}) < 2:
-                raise
-            for one in floats:
-                arranged[one] = self.casts.to(arranged[one], torch.float32, "the operator takes one dtype", node)
-            self.place(node, arranged)
+        ways = (
+            change,
+            lambda one: self.cast(one, torch.float32, node, "the operator takes one dtype"),
+            lambda one: self.as_before(one, node, "the operator takes the dtypes it had only"),
+        )
+        for way in ways:
+            try:
+                return self.place(node, {one: way(one) for one in node.all_input_nodes})
+            except Exception as error:  # what dtypes an operator takes, only calling it tells
+                failed = error
+        raise failed
 
     def place(self, node: fx.Node, arranged: dict[fx.Node, fx.Node]) -> None:
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), arranged.__getitem__)
@@ -330,33 +394,6 @@ class Mixed:
         inner.graph.erase_node(cast)
         inner.meta["val"] = value_of(cast)
         return self.casts.placed(outer, value_of(cast).dtype, cast.meta[MARK], node)
-
-
-def _beyond(node: fx.Node, dtype: torch.dtype) -> bool:
-    """Whether a number among the arguments of `node` is finite, but not in `dtype`."""
-    target: Any = node.target
-    numbers = [
-        value
-        for argument, value in zip(target._schema.arguments, bound_arguments(node).values(), strict=True)
-        if str(argument.type).removeprefix("Optional[").removesuffix("]") in ("number", "float")
-    ]
-    return any(type(one) in (int, float) and torch.finfo(dtype).max < abs(one) < math.inf for one in numbers)
-
-
-def _counts(node: fx.Node) -> bool:
-    """Whether `node` holds integers that may be large: neither truth values nor a one-hot code."""
-    while node.target in VIEWS and isinstance(arguments(node)[0], fx.Node):
-        node = arguments(node)[0]
-    value = value_of(node)
-    integers = isinstance(value, Tensor) and not value.dtype.is_floating_point and value.dtype != torch.bool
-    return integers and not value.dtype.is_complex and node.target is not aten.one_hot.default
-
-
-def _is_given(node: fx.Node) -> bool:
-    """Whether `node` is an input or a constant of the graph, or a view of one."""
-    while node.target in VIEWS and isinstance(arguments(node)[0], fx.Node):
-        node = arguments(node)[0]
-    return node.op in ("placeholder", "get_attr")
 
 
 def _dtypes(value: Any) -> list[Any]:

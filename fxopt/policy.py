@@ -1,7 +1,8 @@
 """Which operators compute in 16 bits and which in fp32: ``options={"precision": ...}``, parsed, and the table.
 
 Three classes. "low": products, which are faster on 16-bit inputs and accumulate in fp32. "fp32": sums over many
-entries, losses and functions that lose their digits in 16 bits. "follow": all the rest computes in what it is given.
+entries, losses and functions that lose their digits in 16 bits. "follow": pointwise operators and movements, in what
+they are given.
 """
 
 from __future__ import annotations
@@ -46,14 +47,40 @@ _FP32 = """
     binary_cross_entropy binary_cross_entropy_with_logits soft_margin_loss multi_margin_loss multilabel_margin_loss
     multilabel_soft_margin_loss hinge_embedding_loss margin_ranking_loss triplet_margin_loss cosine_embedding_loss
     poisson_nll_loss gaussian_nll_loss ctc_loss
+    scatter_add index_add index_reduce scatter_reduce log_sigmoid
     pow exp exp2 expm1 log log2 log10 log1p rsqrt sqrt reciprocal softplus logit erfinv
     cos sin tan acos asin cosh sinh atan2
 """
+_FOLLOW = """
+    alias clone contiguous detach to type_as lift_fresh lift_fresh_copy expand expand_as view view_as reshape
+    reshape_as _unsafe_view flatten unflatten ravel transpose permute t mT mH numpy_T movedim moveaxis swapaxes swapdims
+    unsqueeze squeeze select slice narrow split split_with_sizes tensor_split chunk unbind hsplit vsplit dsplit
+    diagonal unfold as_strided cat concat concatenate stack hstack vstack dstack repeat repeat_interleave tile roll flip
+    rot90 pad constant_pad_nd index index_select gather take take_along_dim masked_select embedding where masked_fill
+    masked_scatter scatter index_put index_copy index_fill slice_scatter select_scatter diagonal_scatter
+    tril triu diag diag_embed one_hot meshgrid broadcast_to broadcast_tensors
+    dropout native_dropout alpha_dropout feature_dropout bernoulli
+    empty_like zeros_like ones_like full_like rand_like randn_like new_empty new_zeros new_ones new_full
+    new_empty_strided
+    topk sort argsort argmax argmin max min amax amin maximum minimum any all eq ne
+    max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d
+    adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d pixel_shuffle pixel_unshuffle
+    upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_linear1d upsample_bilinear2d upsample_bicubic2d
+    glu scalar_tensor item _local_scalar_dense is_nonzero numel sym_size
+"""
+"""What takes and gives any dtype and sums nothing: movements, choices, pools. Pointwise operators, which torch tags,
+need no mention. What is in none of the lists computes in fp32: many of the rest have no kernel for 16 bits."""
+
+_WIDE_POINTWISE = """
+    polar complex view_as_complex view_as_real angle igamma igammac lgamma digamma polygamma special_zeta
+"""
+
 TABLE: Mapping[str, Class] = {
     **{f"aten::{name}": "low" for name in _LOW.split()},
-    **{f"aten::{name}": "fp32" for name in _FP32.split()},
+    **{f"aten::{name}": "fp32" for name in (*_FP32.split(), *_WIDE_POINTWISE.split())},
+    **{f"aten::{name}": "follow" for name in _FOLLOW.split()},
 }
-"""Operators by name, all overloads alike; what is not listed follows. As autocast has it on CUDA (torch/amp docs), and
+"""Operators by name, all overloads alike. As autocast has it on CUDA (torch/amp docs), and
 by its reasons for what autocast has no row for."""
 
 LOW_ARGUMENTS: Mapping[str, tuple[str, ...]] = {
@@ -98,7 +125,15 @@ class Policy:
     def class_of(self, target: Any) -> Class:
         """The class of operator `target`, an overload; of what is no operator: "follow"."""
         name = operator_name(target)
-        return dict(self.ops).get(name) or TABLE.get(name, "follow")
+        pointwise = not name or torch.Tag.pointwise in target.tags
+        return dict(self.ops).get(name) or TABLE.get(name, "follow" if pointwise else "fp32")
+
+    def as_option(self) -> dict[str, Any]:
+        """What ``options={"precision": ...}`` would say, in plain values."""
+        return {
+            "compute": _name(self.compute), "residual": _name(self.residual), "keep_fp32": list(self.keep_fp32),
+            "ops": {name.replace("::", "."): chosen for name, chosen in self.ops},
+        }  # fmt: skip
 
     def keeps(self, module: str) -> str | None:
         """The first pattern of `keep_fp32` that the path `module` matches; None for none."""

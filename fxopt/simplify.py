@@ -29,6 +29,10 @@ __all__ = ["simplify"]
 aten = torch.ops.aten
 
 _CASTS = (aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.to.other, aten.type_as.default, aten.to.prim_dtype)
+WIDE = "wide"
+"""The key in a node's meta under which are those of its inputs that the code casts to fp32, which they have already:
+``x.float()`` says nothing in an fp32 graph, and something once `fxopt.passes.precision` has narrowed x."""
+
 _SAME_OBJECT = (*_CASTS, aten.contiguous.default)
 _SAME_DATA = (
     aten.alias.default,
@@ -58,9 +62,18 @@ def _tidy(gm: fx.GraphModule) -> None:
             _spell_cast(node)
         same = node.args[0] if _is_identity(node, mutated) else _item_of_items(node)
         if same is not None:
+            _note_wide(node, same)
             node.replace_all_uses_with(same)
             gm.graph.erase_node(node)
     _erase_dead(gm.graph)
+
+
+def _note_wide(node: fx.Node, same: Any) -> None:
+    """Before `node`, which is `same`, goes: its readers remember that the code asked for it in fp32 (`WIDE`)."""
+    asked = node.target is aten.to.dtype and value_of(node).dtype == torch.float32
+    if asked or same in node.meta.get(WIDE, ()):
+        for user in node.users:
+            user.meta[WIDE] = {*user.meta.get(WIDE, ()), same}
 
 
 def _erase_dead(graph: fx.Graph) -> None:

@@ -6,13 +6,14 @@ import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import fx
 
 from fxopt import compat, dump, dump_kernels
 from fxopt.fallback import warn_once
 from fxopt.options import Options
+from fxopt.policy import Policy
 from fxopt.report import GraphReport, Report
 
 T = TypeVar("T")
@@ -93,7 +94,14 @@ class Stages:
         for field in dataclasses.fields(Options):
             value = getattr(self.options, field.name)
             if value != field.default and field.name != "dump":
-                found[field.name] = dict(value) if field.name == "inductor" else value
+                found[field.name] = _written(value)
         if self.options.rules:
             found["rules"] = [item if isinstance(item, str) else item.name for item in self.options.rules]
         return found
+
+
+def _written(value: Any) -> Any:
+    """An option's value as a user would write it."""
+    if isinstance(value, Policy):
+        return value.as_option()
+    return dict(value) if isinstance(value, tuple) and value and isinstance(value[0], tuple) else value

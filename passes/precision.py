@@ -68,20 +68,27 @@ def casts_in(gm: fx.GraphModule) -> list[Cast]:
     return [cast for one in submodules(gm) for cast in casts_of(one.graph)]
 
 
-_EARLIER: set[str] = set()
-"""Module paths of the graphs of a model so far, while more are to come."""
+_SEEN: dict[Policy, set[str]] = {}
+"""Module paths of the graphs that each policy was applied to; "" among them once a model was seen whole."""
 
 
 def check_patterns(policy: Policy, paths: set[str], more_to_come: bool) -> None:
-    """Raise `OptionError` for a pattern of ``keep_fp32`` that no module matches, once a model's last graph is seen."""
-    _EARLIER.update(paths)
+    """Raise `OptionError` for a pattern of ``keep_fp32`` that no module matches, once a first model is seen whole.
+
+    Later graphs (evaluation, another branch) need not hold every module.
+    """
+    seen = _SEEN.setdefault(policy, set())
+    if "" in seen:
+        return
+    seen.update(path for path in paths if path)
     if more_to_come:
         return
-    known = sorted(path for path in _EARLIER if path)
-    _EARLIER.clear()
+    known = sorted(seen)
     for pattern in policy.keep_fp32:
         if not any(matches(pattern, path) for path in known):
+            del _SEEN[policy]
             some = ", ".join(known[:8]) + (", ..." if len(known) > 8 else "")
             raise OptionError(
                 f"option precision: keep_fp32={pattern!r} matches no module of the model, which has {some}"
             )
+    seen.add("")

@@ -505,6 +505,263 @@ def test_a_failure_leaves_the_graph_as_it_was(monkeypatch: pytest.MonkeyPatch) -
     assert torch.equal(found, layer(x))
 
 
+# --- what a cast must not change ---------------------------------------------------------------------------------
+
+
+def relative(found: Tensor, right: Tensor) -> float:
+    return float((found.double() - right.double()).norm() / right.double().norm())
+
+
+def pair(seed: int = 0) -> tuple[Tensor, Tensor]:
+    torch.manual_seed(seed)
+    return torch.randn(8, 8), torch.randn(8, 8)
+
+
+@pytest.mark.parametrize(
+    "copied", [lambda b: b.clone(), lambda b: b.t().contiguous(), lambda b: b.t().reshape(4, 16).reshape(8, 8)]
+)
+def test_a_copy_made_before_a_write_stays_before_it(copied: Callable[[Tensor], Tensor]) -> None:
+    def snapshot(x: Tensor, w: Tensor, buffer: Tensor) -> Tensor:
+        kept = copied(buffer)
+        buffer.add_(10.0)
+        return kept @ w
+
+    x, w = pair()
+    right = snapshot(x, w, x.clone())
+    assert relative(run(snapshot, x, w, x.clone())[0], right) < 2**-6
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+def test_what_no_grad_stops_stays_stopped(dtype: torch.dtype) -> None:
+    def through_a_view(x: Tensor, w: Tensor) -> Tensor:
+        with torch.no_grad():
+            v = x.t()
+        return v @ w
+
+    def through_a_cast(x: Tensor, w: Tensor) -> Tensor:
+        h = x @ w
+        with torch.no_grad():
+            t = h.bfloat16()
+        return t.float() * x
+
+    def through_a_widening(x: Tensor, w: Tensor) -> Tensor:
+        with torch.no_grad():
+            y = x.float()
+        return y @ w.float()
+
+    for function in (through_a_view, through_a_cast, through_a_widening):
+        ours, theirs = ([one.to(dtype).requires_grad_() for one in pair()] for _ in range(2))
+        torch.compiler.reset()
+        run(function, *ours)[0].float().sum().backward()
+        function(*theirs).float().sum().backward()
+        for mine, right in zip(ours, theirs, strict=True):
+            assert (mine.grad is None) == (right.grad is None), function.__name__
+            if right.grad is not None and mine.grad is not None:
+                assert relative(mine.grad, right.grad) < 2**-5
+
+
+def test_a_checkpointed_body_that_writes_to_what_it_is_given() -> None:
+    def layers(x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        y = x @ w
+
+        def body(a: Tensor) -> Tensor:
+            a.mul_(2.0)
+            return a @ w
+
+        return torch.utils.checkpoint.checkpoint(body, y, use_reentrant=False), y * 1
+
+    x, w = pair()
+    for mine, right in zip(run(layers, x, w)[0], layers(x, w), strict=True):
+        assert relative(mine, right) < 2**-5
+
+
+def test_a_mask_is_no_part_of_the_residual_stream() -> None:
+    x, _ = pair()
+    mask = torch.zeros(8, 8)
+    mask[2] = torch.finfo(FP32).min
+    narrow = {"compute": "bf16", "residual": "bf16"}
+    found, _ = run(lambda x, m: (x @ x.t() + m).softmax(-1), x, mask, given=narrow)
+    torch.testing.assert_close(found[2], torch.full((8,), 1 / 8))
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x, w: torch.linalg.svdvals((x @ w).float()),
+        lambda x, w: torch.view_as_complex((x @ w).float().reshape(8, 4, 2)).abs(),
+        lambda x, w: torch.fft.rfft(x @ w).abs(),
+        lambda x, w: torch.linalg.slogdet(x @ w)[1],
+        lambda x, w: torch.complex(x @ w, x).abs(),
+        lambda x, w: torch.zeros_like(x).index_add(0, torch.tensor([0, 1, 1, 2, 3, 4, 5, 6]), x @ w),
+        lambda x, w: torch.zeros_like(x).index_put((torch.tensor([1, 1]),), (x @ w)[:2], accumulate=True),
+        lambda x, w: torch.zeros_like(x).scatter(0, torch.zeros(1, 8, dtype=torch.int64), x @ w),
+        lambda x, w: torch.linalg.cross((x @ w)[:, :3], x[:, :3]),
+        lambda x, w: torch.quantile(x @ w, 0.3),
+        lambda x, w: (x @ w).cumsum(0).sort(0).values,
+    ],
+)
+def test_operators_without_16_bits_are_computed_in_fp32(function: Callable[..., Tensor]) -> None:
+    x, w = pair()
+    found, stages = run(function, x, w)
+    assert found.dtype == FP32
+    assert relative(found, function(x, w)) < 2**-4
+    assert stages.report.casts
+
+
+def test_bits_are_not_those_of_16() -> None:
+    x, w = pair()
+    found, _ = run(lambda x, w: (x @ w).view(torch.int32) >> 30, x, w)
+    assert torch.equal(found, (x @ w).view(torch.int32) >> 30)
+
+
+def test_float_asked_for_in_the_code_is_float() -> None:
+    """``.float()`` says nothing in an fp32 graph, until what it is said of has 16 bits."""
+
+    def asked(x: Tensor, w: Tensor) -> Tensor:
+        return torch.sigmoid((x @ w).float()) * 1e4
+
+    x, w = pair()
+    found, stages = run(asked, x, w, given="fp16")
+    assert torch.isfinite(found).all()
+    (node,) = stages.nodes(aten.sigmoid.default)
+    assert dtypes_in(node) == [FP32]
+    assert any(cast.reason == "the code says .float()" for cast in stages.report.casts)
+    _, stages = run(lambda x, w: torch.sigmoid(x @ w) * 1e4, x, w)
+    (node,) = stages.nodes(aten.sigmoid.default)
+    assert dtypes_in(node) == [BF16]
+
+
+@pytest.mark.parametrize(
+    "views",
+    [
+        lambda y: (y, y[:, 0]),
+        lambda y: (y[:, 1:3],),
+        lambda y: y.chunk(2, -1),
+        lambda y: (y, y[0]),
+        lambda y: (y, y.detach()),
+        lambda y: (y.bfloat16(), y.bfloat16()),
+        lambda y: (y, y.t(), y.log_softmax(-1)),
+    ],
+)
+def test_outputs_that_are_views_of_one_another(views: Callable[[Tensor], Sequence[Tensor]]) -> None:
+    """They keep dtypes, strides and shared memory, and the graph its casts."""
+    x, w = pair()
+    function = lambda x, w: tuple(views(x @ w))  # noqa: E731
+    found, stages = run(function, x, w)
+    right = function(x, w)
+    assert dtypes_in(stages.nodes(aten.matmul.default)[0]) == [BF16, BF16]
+    for mine, other in zip(found, right, strict=True):
+        assert (mine.dtype, mine.stride()) == (other.dtype, other.stride())
+        assert relative(mine, other) < 2**-5
+    storages = [len({one.untyped_storage()._cdata for one in outputs}) for outputs in (found, right)]
+    assert storages[0] == storages[1]
+
+
+def test_sizes_that_depend_on_data() -> None:
+    x, w = pair()
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        found, stages = run(lambda x, w: (x @ w)[x[:, 0] > 0] * 2, x, w)
+    assert relative(found, (x @ w)[x[:, 0] > 0] * 2) < 2**-6
+    assert stages.report.casts
+
+
+def test_bytes_are_no_positions() -> None:
+    """A quantised weight, or an image: whole numbers that bf16 holds."""
+    x, _ = pair()
+    q = torch.randint(-127, 127, (8, 8), dtype=torch.int8)
+    _, stages = run(lambda x, q: x @ (q.float() * 0.1), x, q)
+    assert dtypes_in(stages.nodes(aten.matmul.default)[0]) == [BF16, BF16]
+
+
+def test_a_constant_that_fp16_has_as_zero() -> None:
+    x, w = pair()
+    found, _ = run(lambda x, w: F.relu(x @ w) / (F.relu(x @ w) + 1e-8), x, w, given="fp16")
+    assert not found.isnan().any()
+
+
+# --- autocast around it ------------------------------------------------------------------------------------------
+
+
+class Three(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.seq = nn.Sequential(nn.Linear(16, 16), nn.SiLU(), nn.Linear(16, 16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.seq(x)
+
+
+@pytest.mark.parametrize("kept", ["seq", "seq.2"])
+def test_modules_are_kept_in_fp32_under_ambient_autocast(kept: str) -> None:
+    model, x = Three(), torch.randn(4, 16)
+    right = model(x)
+    with autocast():
+        found, stages = run(model, x, given={"compute": "bf16", "keep_fp32": [kept]})
+    linears = stages.nodes(aten.linear.default)
+    assert [set(dtypes_in(node)) for node in linears] == [{FP32} if kept == "seq" else {BF16}, {FP32}]
+    assert relative(found, right) < (2**-8 if kept == "seq" else 2**-6)  # the output is bf16, as autocast has it
+
+
+def test_kept_logits_can_be_read_under_ambient_autocast() -> None:
+    model, inputs = models.build("llama", num_hidden_layers=1)
+    with autocast():
+        logits = run(model, **inputs, given={"compute": "bf16", "keep_fp32": ["lm_head"]})[0].logits
+    assert relative(logits + 0, model(**inputs).logits) < 2**-5
+
+
+@pytest.mark.parametrize("backend", ["stages", "fxopt"])
+def test_compiled_code_is_shielded_from_ambient_autocast(backend: str) -> None:
+    """AOTAutograd switches autocast off at run time only if it was on while it compiled: else fp32 operators that no
+    kernel of Inductor's replaces run in bf16, and write to memory of another size."""
+    x, weight, bias = torch.randn(4, 2, 8), torch.randn(3, 8, 8), torch.randn(8)
+
+    def region(x: Tensor) -> Tensor:
+        with torch.autocast("cpu", enabled=False):
+            return torch.conv_tbc(x, weight, bias, 1) + (x.float() @ weight[0])[:1, :1, :1]
+
+    how: dict[str, Any] = {"backend": Stages()} if backend == "stages" else {
+        "backend": "fxopt", "options": {"precision": "bf16"}
+    }  # fmt: skip
+    with autocast():
+        found = torch.compile(region, **how)(x)
+    assert found.dtype == FP32
+    torch.testing.assert_close(found, region(x))
+
+
+def test_a_region_of_another_device_says_nothing_of_this_one() -> None:
+    def mixed(x: Tensor, w: Tensor) -> Tensor:
+        with torch.autocast("cuda", enabled=False):
+            return x @ w
+
+    _, stages = run(mixed, *pair())
+    assert dtypes_in(stages.nodes(aten.matmul.default)[0]) == [BF16, BF16]
+
+
+def test_other_graphs_of_a_model_need_not_hold_every_kept_module() -> None:
+    class Branches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x: Tensor, flag: bool) -> Tensor:
+            x = self.first(x)
+            torch._dynamo.graph_break()
+            return self.second(x) if flag else self.second(x) * 2
+
+    call = torch.compile(Branches(), backend=Stages({"compute": "bf16", "keep_fp32": ["first"]}))
+    for flag in (True, False):
+        assert call(torch.randn(3, 8), flag).shape == (3, 8)
+
+
+def test_a_script_that_reproduces_a_failure_says_the_precision_in_plain_values() -> None:
+    policy = {"compute": "bf16", "residual": "bf16", "keep_fp32": ["lm_head"], "ops": {"aten.silu": "fp32"}}
+    options = Options.parse({"precision": policy})
+    assert options.precision is not None
+    assert options.precision.as_option() == policy
+    assert Options.parse({"precision": options.precision.as_option()}) == options
+
+
 # --- the report --------------------------------------------------------------------------------------------------
 
 
@@ -548,6 +805,10 @@ _STEPS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "where": lambda x, y, w: torch.where(x > 0, x, y * 0.1),
     "split": lambda x, y, w: torch.cat(x.split(4, -1)[::-1], -1),
     "half": lambda x, y, w: x.bfloat16().to(x.dtype),
+    "written": lambda x, y, w: (x * 1).mul_(0.5).add_(y) + x.clone(),
+    "float": lambda x, y, w: torch.sigmoid((x @ y.mT @ y / 8).to(torch.promote_types(x.dtype, torch.float32))).to(
+        x.dtype
+    ),
     "unbound": lambda x, y, w: torch.stack(x.unbind(1), 1),
 }
 
