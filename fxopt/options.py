@@ -12,7 +12,7 @@ from fxopt import compat
 from fxopt.errors import OptionError, nearest
 from fxopt.kernels.interpreter import interpreting
 from fxopt.ops.launch import LOWERINGS, Lowering
-from fxopt.policy import Policy
+from fxopt.precision.policy import Policy
 from fxopt.rule import Rule
 
 Logits = Literal["deferred", "eager"]
@@ -38,7 +38,7 @@ class Options:
     precision: None leaves every dtype as it is. "bf16" or "fp16" computes products in 16 bits and sums, norms, softmax
               and losses in fp32, by explicit casts; ambient autocast is replaced. A dict says more: {"compute": "bf16",
               "residual": "fp32", "keep_fp32": ["lm_head", "*.router"], "ops": {"aten.silu": "fp32"}}
-              (`fxopt.policy`, docs/precision.md).
+              (`fxopt.precision.policy`, docs/precision.md).
     choose:   "measure" times, at each site on CUDA and once for each kind of site on a machine, fxopt's kernel, torch's
               own and Inductor's code, and takes the best; "never" takes fxopt's wherever nothing is objected. Nothing
               is measured on other devices, nor for rules in `force`.

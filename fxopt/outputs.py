@@ -15,9 +15,9 @@ import torch
 from torch import fx
 
 from fxopt import compat
-from fxopt.casts import is_made
 from fxopt.deferred import Projection, deferred
 from fxopt.fake import arguments, propagate, value_of
+from fxopt.precision.casts import is_made
 from fxopt.projection import check_moves, moved_rows, projection_of
 from fxopt.rule import Place
 from fxopt.verify import is_removable

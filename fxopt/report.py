@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from fxopt.casts import Cast
 from fxopt.choice import Choice, Measured
+from fxopt.precision.casts import Cast
 from fxopt.rule import Place, Refusal, Rewrite
 
 

@@ -13,7 +13,7 @@ from torch import fx
 from fxopt import compat, dump, dump_kernels
 from fxopt.fallback import warn_once
 from fxopt.options import Options
-from fxopt.policy import Policy
+from fxopt.precision.policy import Policy
 from fxopt.report import GraphReport, Report
 
 T = TypeVar("T")

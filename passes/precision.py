@@ -1,6 +1,6 @@
 """Mixed precision as casts in the graph: products in 16 bits, sums, norms, softmax and losses in fp32.
 
-The graph is built anew, node by node, and each operator gets the dtypes that the policy (`fxopt.policy`) gives it. What
+The graph is built anew, node by node, and each operator gets the dtypes of the policy (`fxopt.precision.policy`). What
 has a 16-bit value hands it on as it is, so that pointwise operators between products move half the bytes. Ambient
 autocast and autocast regions are replaced: a region with ``enabled=False`` keeps the dtypes it has.
 """
@@ -13,11 +13,11 @@ from dataclasses import dataclass, field
 from torch import fx
 
 from fxopt import verify
-from fxopt.casts import Cast, casts_of
 from fxopt.errors import OptionError
 from fxopt.fake import propagate, without_autocast
-from fxopt.mixed import Mixed
-from fxopt.policy import Policy, matches
+from fxopt.precision.casts import Cast, casts_of
+from fxopt.precision.mixed import Mixed
+from fxopt.precision.policy import Policy, matches
 from fxopt.rewrite import submodules
 
 

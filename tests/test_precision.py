@@ -17,11 +17,11 @@ import fxopt
 from fxopt import OptionError, Options, compat
 from fxopt import backend as pipeline
 from fxopt.capture import trace
-from fxopt.casts import MARK, Cast
 from fxopt.fake import bound_arguments, value_of
-from fxopt.ops import support
 from fxopt.passes import precision
-from fxopt.policy import LOW_ARGUMENTS, Policy, matches, operator_name
+from fxopt.precision import support
+from fxopt.precision.casts import MARK, Cast
+from fxopt.precision.policy import LOW_ARGUMENTS, Policy, matches, operator_name
 from fxopt.report import GraphReport, Report
 from fxopt.rewrite import submodules
 from fxopt.testing import compare, step, truth

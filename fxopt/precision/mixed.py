@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, fx
 
 from fxopt import compat
-from fxopt.casts import MARK, Casts, dtype_name, is_float
 from fxopt.effects import mutated_storages, mutates, storages_of
 from fxopt.fake import arguments, bound_arguments, value_of
-from fxopt.held import beyond, counts, is_given, returned_views, written_in_bodies
-from fxopt.ops.support import lacks
-from fxopt.policy import LOW_ARGUMENTS, Class, Policy, operator_name
+from fxopt.precision.casts import MARK, Casts, dtype_name, is_float
+from fxopt.precision.held import beyond, counts, is_given, returned_views, written_in_bodies
+from fxopt.precision.policy import LOW_ARGUMENTS, Class, Policy, operator_name
+from fxopt.precision.support import lacks
 from fxopt.rule import Place, module_path
 from fxopt.simplify import WIDE
 

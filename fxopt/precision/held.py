@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fxopt.casts import VIEWS
 from fxopt.effects import mutated_arguments, storages_of
 from fxopt.fake import arguments, bound_arguments, value_of
+from fxopt.precision.casts import VIEWS
 
 __all__ = ["beyond", "counts", "is_given", "returned_views", "written_in_bodies"]
 
