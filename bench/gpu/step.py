@@ -34,7 +34,7 @@ CASES = (
 """By value: the first four have both models, both shapes and both ways."""
 
 TURNS, WARM, TIMED = 3, 2, 6
-SECONDS = {"eager": 30.0, "inductor": 75.0, "fxopt": 90.0, "liger+inductor": 75.0}
+SECONDS = {"eager": 30.0, "inductor": 75.0, "fxopt": 120.0, "liger+inductor": 75.0}
 PEAK_GIB = {"eager": 40.0, "inductor": 30.0, "fxopt": 20.0, "liger+inductor": 20.0}
 REST_GIB = {"full": 9.0, "lora": 4.0}
 """Estimates for a process, generous: what a step holds at most, and what stays between turns."""
