@@ -107,7 +107,7 @@ def precision_text() -> str:
         "",
         *errors_table(result["errors"]),
         "",
-        curve_line(result["curve"]),
+        curve_line(result["curve"]) if "curve" in result else "The loss curve of a longer training: not measured.",
     ]
     return "\n".join(lines)
 
