@@ -87,7 +87,12 @@ def check_model(family: str, given: Any = "bf16", context: Any = None, **changes
     return stages
 
 
-@pytest.mark.parametrize("family", models.FAMILIES)
+ALWAYS = {"llama", "gemma2", "gpt2", "bert", "t5", "gpt_oss"}
+
+
+@pytest.mark.parametrize(
+    "family", [pytest.param(name, marks=[] if name in ALWAYS else pytest.mark.slow) for name in models.FAMILIES]
+)
 def test_models_are_as_near_to_fp64_as_under_autocast(family: str) -> None:
     stages = check_model(family)
     for node in stages.nodes(aten.linear.default, aten.scaled_dot_product_attention.default):
