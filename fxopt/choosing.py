@@ -8,7 +8,6 @@ candidate that fails is out, with its reason in the report, and a site that cann
 from __future__ import annotations
 
 import contextlib
-import gc
 import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -21,9 +20,10 @@ from torch import Tensor, fx
 from fxopt import compat
 from fxopt.choice import INDUCTOR, Choice, Measured, decide
 from fxopt.compat import pytree
+from fxopt.errors import brief
 from fxopt.excerpt import Excerpt, Unmeasurable, ambient, draw, excerpt
 from fxopt.fake import value_of
-from fxopt.metering import CudaMeter, Meter, Run
+from fxopt.metering import CudaMeter, Meter, Run, release
 from fxopt.remembering import Key, recall, remember
 from fxopt.rule import Place, Rule, Site
 
@@ -59,7 +59,7 @@ class Chooser:
         except compat.DYNAMO_CONTROL:
             raise
         except Exception as error:  # a decision that cannot be made is made as if nobody asked
-            return Choice(unmeasured=str(error) if isinstance(error, Unmeasurable) else _brief(error))
+            return Choice(unmeasured=str(error) if isinstance(error, Unmeasurable) else brief(error))
 
     def _measured(self, rule: Rule, site: Site, card: str) -> tuple[Measured, ...]:
         """From memory, or now. Raises `Unmeasurable`, and what the rule's hooks raise."""
@@ -93,11 +93,9 @@ class Chooser:
                 milliseconds, held = self.meter(name, run)
             return Measured(name, milliseconds, held)
         except Exception as error:
-            return Measured(name, None, failure=_brief(error))
+            return Measured(name, None, failure=brief(error))
         finally:
-            gc.collect()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+            release()
 
 
 def _step(call: Callable[..., Any], found: Excerpt, inputs: Sequence[Tensor]) -> Run:
@@ -137,9 +135,3 @@ def _telling(line: str) -> Iterator[None]:
         return
     with Console(stderr=True).status(line):
         yield
-
-
-def _brief(error: BaseException) -> str:
-    """The kind and the first line of an error."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__

@@ -1,4 +1,4 @@
-"""What a user's own mistake raises, and how a message about a name says which one may have been meant."""
+"""What a user's own mistake raises, which name may have been meant by another, and an error in one line."""
 
 from __future__ import annotations
 
@@ -7,11 +7,17 @@ from collections.abc import Sequence
 
 from fxopt import compat
 
-__all__ = ["OptionError", "nearest"]
+__all__ = ["OptionError", "brief", "nearest"]
 
 
 class OptionError(compat.PassesThroughDynamo, ValueError):
     """An option the user gave cannot be honoured; the message names the value and the way out."""
+
+
+def brief(error: BaseException) -> str:
+    """The kind and the first line of an error."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
+    return f"{type(error).__name__}: {lines[0][:300]}".removesuffix(": ")
 
 
 def nearest(key: object, names: Sequence[str]) -> str:

@@ -13,7 +13,7 @@ import torch
 
 from fxopt.kernels.cards import card_of
 
-__all__ = ["CudaMeter", "Meter", "Run"]
+__all__ = ["CudaMeter", "Meter", "Run", "peak_bytes", "release"]
 
 Run = Callable[[], object]
 
@@ -95,3 +95,10 @@ def peak_bytes(run: Run) -> int:
     peak = torch.cuda.max_memory_allocated() - rest
     del result
     return peak
+
+
+def release() -> None:
+    """Give memory that nobody holds back to the card, where other processes wait for it."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from measure import alternate
 
+from fxopt.errors import brief
+from fxopt.metering import release
 from gpu import attention_peers, row_peers
 from gpu.attention_problem import AttentionCase, AttentionProblem
 from gpu.contender import Contender, Maker, Skipped, distance
@@ -16,7 +18,7 @@ from gpu.loss_problem import LossCase, LossProblem
 from gpu.norm_problem import NormCase, NormProblem
 from gpu.problem import Problem
 from gpu.shapes import ATTENTION, LOSS, NORM, TINY
-from gpu.timing import brief, milliseconds, peak_mib, release
+from gpu.timing import milliseconds, peak_mib
 
 TURNS = 2
 UNCOMPILED = "fxopt, uncompiled"

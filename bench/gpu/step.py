@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from fxopt.metering import release
 from gpu.item import Answer, Item, Settings
 from gpu.models import model
-from gpu.timing import release
 
 BACKENDS = ("inductor", "fxopt", "liger+inductor", "eager")
 SHAPES = {"4x2048": (4, 2048), "1x8192": (1, 8192)}

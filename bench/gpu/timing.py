@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import gc
 import statistics
 import time
 from collections.abc import Callable
 
-import torch
-
+from fxopt.metering import peak_bytes
 from gpu.item import Settings
 
 MIB = 2**20
@@ -37,25 +35,4 @@ def peak_mib(work: Work, settings: Settings) -> float | None:
     if settings.device != "cuda":
         work()
         return None
-    gc.collect()
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    rest = torch.cuda.memory_allocated()
-    result = work()
-    torch.cuda.synchronize()
-    peak = torch.cuda.max_memory_allocated() - rest
-    del result
-    return peak / MIB
-
-
-def release() -> None:
-    """Give memory that nobody holds back to the card, where other processes wait for it."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
-def brief(error: BaseException) -> str:
-    """The kind and the first line of an error."""
-    lines = [line for line in str(error).splitlines() if line.strip()] or [""]
-    return f"{type(error).__name__}: {lines[0][:300]}"
+    return peak_bytes(work) / MIB

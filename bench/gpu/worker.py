@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
+from fxopt.errors import brief
+from fxopt.metering import release
 from gpu.item import Answer, Item, Job, Settings
-from gpu.timing import brief, release
 
 JOBS = {
     "check": "gpu.check:Check",
