@@ -35,6 +35,7 @@ from fxopt.ops.norm_formulas import NormSpec, sum_dtype
 __all__ = ["backward_workspace", "can_compute", "forward", "forward_workspace", "gradients"]
 
 Maybe = Tensor | None
+_GRADIENTS = ("By_x", "By_weight", "By_bias", "By_gate")
 _DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 
 
@@ -83,10 +84,9 @@ def gradients(
     wanted: Sequence[bool],
 ) -> list[Maybe]:
     """As `fxopt.ops.norm_formulas.gradients`; those by s and gate have s's strides where s is dense."""
-    likes = {"By_x": s, "By_weight": weight, "By_bias": bias, "By_gate": gate}
-    asked = {name: one for (name, one), want in zip(likes.items(), wanted, strict=True) if want and one is not None}
+    asked = _asked((s, weight, bias, gate), wanted)
     if not asked:
-        return [None] * len(likes)
+        return [None] * len(_GRADIENTS)
     rows = _Rows.of(s)
     generated = _gradient_spec(by_stream, s, weight, bias, gate, spec, asked)
     arguments = rows.read({"Upstream": upstream, "By_stream": by_stream, "X": s, "Gate": gate})
@@ -95,7 +95,13 @@ def gradients(
     if generated.long and generated.by_x:
         arguments |= _sums(generated, rows, arguments)
     found = _launch_backward(generated, rows, arguments, {name: one.dtype for name, one in asked.items()})
-    return [found.get(name) for name in likes]
+    return [found.get(name) for name in _GRADIENTS]
+
+
+def _asked(inputs: Sequence[Maybe], wanted: Sequence[bool]) -> dict[str, Tensor]:
+    """The inputs, in the order of `_GRADIENTS`, whose gradient is wanted, by the name of that."""
+    pairs = zip(_GRADIENTS, inputs, wanted, strict=True)
+    return {name: one for name, one, want in pairs if want and one is not None}
 
 
 def _sums(generated: NormKernelSpec, rows: _Rows, arguments: dict[str, Any]) -> dict[str, Tensor]:
@@ -204,10 +210,7 @@ def backward_workspace(
     wanted: Sequence[bool],
 ) -> int:
     """The same of `gradients`: copies, what long rows need summed first, and each program's part of sums over rows."""
-    names = ("By_x", "By_weight", "By_bias", "By_gate")
-    asked = [
-        name for name, want, one in zip(names, wanted, (s, weight, bias, gate), strict=True) if want and one is not None
-    ]
+    asked = _asked((s, weight, bias, gate), wanted)
     if not asked:
         return 0
     rows, generated = _Rows.of(s), _gradient_spec(by_stream, s, weight, bias, gate, spec, asked)

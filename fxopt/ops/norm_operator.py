@@ -99,11 +99,11 @@ def _backward(ctx: Any, upstream: Maybe, by_stream: Maybe, *_: None) -> tuple[Ma
     else:
         found = BACKWARD(upstream, by_stream, *ctx.saved_tensors, *ctx.constants, x or residual, *others)
     by_sum, *rest = (one if want else None for one, want in zip(found, (x or residual, *others), strict=True))
-    terms = (
-        one.to(dtype) if want and (one := by_sum) is not None else None
+    of_x, of_residual = (
+        by_sum.to(dtype) if want and by_sum is not None else None
         for want, dtype in zip((x, residual), ctx.dtypes, strict=True)
     )
-    return (*terms, *rest, *(None,) * _WITHOUT_GRADIENT)
+    return (of_x, of_residual, *rest, *(None,) * _WITHOUT_GRADIENT)
 
 
 _forward.register_autograd(_backward, setup_context=_setup_context)
