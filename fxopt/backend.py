@@ -14,9 +14,11 @@ from fxopt import compat, verify
 from fxopt.choice import Choice
 from fxopt.choosing import Chooser
 from fxopt.differential import same_function
+from fxopt.fake import without_autocast
 from fxopt.options import Options
 from fxopt.outputs import OutputPlan, defer_outputs
 from fxopt.passes import precision
+from fxopt.precision.policy import Policy
 from fxopt.report import GraphReport, Report, record, reports
 from fxopt.rewrite import Chooses, apply_rule, copy_module
 from fxopt.rule import Rule, Site
@@ -81,8 +83,9 @@ def run(
     graph = stages.run("capture", lambda: capture(gm, stages), otherwise=gm)
     mixed: precision.Precision | None = None
     if options.precision is not None:
-        graph, mixed = stages.run("precision", lambda: cast(graph, stages), otherwise=(graph, mixed))
-    with contextlib.nullcontext() if mixed is None else compat.shielded_from_autocast():  # it has its casts
+        policy = options.precision
+        graph, mixed = stages.run("precision", lambda: cast(graph, policy, stages), otherwise=(graph, mixed))
+    with contextlib.nullcontext() if mixed is None else without_autocast():  # its casts are all there are
         graph, deferrable = stages.run(
             "rewrite", lambda: rewrite(graph, inputs, stages, chooser), otherwise=(graph, nothing)
         )
@@ -104,10 +107,8 @@ def capture(gm: fx.GraphModule, stages: Stages) -> fx.GraphModule:
     return captured.module
 
 
-def cast(gm: fx.GraphModule, stages: Stages) -> tuple[fx.GraphModule, precision.Precision | None]:
+def cast(gm: fx.GraphModule, policy: Policy, stages: Stages) -> tuple[fx.GraphModule, precision.Precision | None]:
     """Stage 2: explicit casts. What follows is done without ambient autocast."""
-    policy = stages.options.precision
-    assert policy is not None
     found = precision.apply(gm, policy)
     precision.check_patterns(policy, found.paths, compat.ends_in_break(stages.gm))
     stages.report.notes += [f"{name} stays in fp32: {reason}" for name, reason in found.kept]

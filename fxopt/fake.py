@@ -51,8 +51,9 @@ def ambient_state() -> Iterator[None]:
 
 @contextlib.contextmanager
 def without_autocast() -> Iterator[None]:
-    """Within, autocast is off on every device."""
+    """Within, autocast is off on every device, and what is compiled is shielded from it while it runs."""
     with contextlib.ExitStack() as stack:
+        stack.enter_context(compat.shielded_from_autocast())
         for name in autocast_state():
             stack.enter_context(torch.autocast(name, enabled=False))
         yield
