@@ -1,7 +1,7 @@
 """A graph built anew with the dtypes of a policy: the walk that `fxopt.passes.precision` is made of.
 
 Every node is visited once, in order. Values carry the dtypes that they will have; what the graph had before is asked of
-the old nodes. Nothing is decided by looking ahead.
+the old nodes.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor, fx
 from fxopt import compat
 from fxopt.effects import mutated_storages, mutates, storages_of
 from fxopt.fake import arguments, bound_arguments, value_of
-from fxopt.precision.casts import MARK, Casts, dtype_name, is_float
+from fxopt.precision.casts import MARK, Casts, dtype_name, is_float, is_made
 from fxopt.precision.held import beyond, counts, is_given, returned_views, written_in_bodies
 from fxopt.precision.policy import LOW_ARGUMENTS, Class, Policy, operator_name
 from fxopt.precision.support import lacks
@@ -30,13 +30,14 @@ aten = torch.ops.aten
 
 _WHOLE = "an operand holds whole numbers, positions say, which 16 bits would round"
 _STREAM = "the residual stream has 16 bits"
+_ALIKE = "the operator takes one dtype"
 _PUTS = frozenset(
     {
         aten.where.self, aten.masked_fill.Tensor, aten.maximum.default, aten.minimum.default, aten.fmax.default,
         aten.fmin.default, aten.clamp.Tensor, aten.add.Tensor, aten.sub.Tensor,
     }
 )  # fmt: skip
-"""Operators that may put a number of one input in the place of another's."""
+"""Operators that may put a number of a tensor without axes in the place of another's."""
 _ONE_DTYPE = frozenset(
     {
         aten.index_put.default, aten.index_copy.default, aten.masked_scatter.default, aten.scatter.src,
@@ -148,7 +149,7 @@ class Mixed:
     def class_of(self, node: fx.Node) -> tuple[Class | None, str]:
         """The class that `node` computes in, None for the dtypes it had, and the reason for a cast or for no cast."""
         if not isinstance(node.target, compat.OpOverload):
-            self.kept.append((node.name, f"{node.target} and what it is given keep their dtypes ({Place.of(node)})"))
+            self.keep(node, f"{node.target} and what it is given keep their dtypes")
             return None, "it is given to a body"
         if "kept" in node.meta or mutates(node) or node.target is aten.view.dtype:
             return None, "it must have the dtype it had"
@@ -156,20 +157,21 @@ class Mixed:
             return None, "it is written to in place"
         chosen = self.policy.class_of(node.target)
         reason = self.why_kept(node)
-        if reason and chosen == "low":
-            self.kept.append((node.name, f"{reason} ({Place.of(node)})"))
-        if reason and node.meta.get("autocast") is not None:
-            return "fp32", reason  # what it had was autocast's
         if reason:
-            return None, reason
+            if chosen == "low":
+                self.keep(node, reason)
+            return None if node.meta.get("autocast") is None else "fp32", reason  # what it had may be autocast's
         if operator_name(node.target).split("::")[0] not in ("aten", "prims") and chosen == "follow":
             return None, "an operator of which nothing is known"
         if chosen == "low" and (why := self.why_not_low(node)):
-            self.kept.append((node.name, f"{why} ({Place.of(node)})"))
+            self.keep(node, why)
             return "fp32", why
         if chosen == "fp32" and self.is_a_products_power(node):
             return "follow", ""
         return chosen, "sums and transcendental functions are computed in fp32"
+
+    def keep(self, node: fx.Node, reason: str) -> None:
+        self.kept.append((node.name, f"{reason} ({Place.of(node)})"))
 
     def is_a_products_power(self, node: fx.Node) -> bool:
         """Whether `node` is ``x ** 3`` and the like on its way to no sum, such as in gelu's approximation by tanh.
@@ -230,22 +232,20 @@ class Mixed:
             return
         floats = self.floats_of(node)
         narrow = [one for one in floats if value_of(self.env[one]).dtype != torch.float32]
-        asked = node.meta.get(WIDE, ())
-        if narrow and beyond(node, value_of(self.env[narrow[0]]).dtype):
-            self.emit(
-                node, lambda one: self.cast(one, torch.float32, node, "a constant is beyond the range of 16 bits")
-            )
-        elif narrow and self.mixes_a_scalar(node, floats, narrow):
-            self.emit(node, lambda one: self.cast(one, torch.float32, node, "a number in fp32 is met in fp32"))
-        elif 0 < len(narrow) < len(floats) and node.target in _ONE_DTYPE:
-            self.emit(node, lambda one: self.cast(one, torch.float32, node, "the operator takes one dtype"))
+        if why := self.why_not_narrow(node, floats, narrow):
+            self.emit(node, lambda one: self.cast(one, torch.float32, node, why))
         elif self.is_stream(node, floats, narrow):
             self.emit(node, lambda one: self.cast(one, self.policy.residual, node, _STREAM))
-        elif not narrow or not any(one in narrow for one in asked):
-            self.emit(node, lambda one: self.no_wider(one, node))
         else:
-            self.emit(node, lambda one: self.cast(one, torch.float32, node, "the code says .float()")
-                      if one in asked else self.no_wider(one, node))  # fmt: skip
+            asked = node.meta.get(WIDE, ())
+            self.emit(
+                node,
+                lambda one: (
+                    self.cast(one, torch.float32, node, "the code says .float()")
+                    if one in asked
+                    else self.no_wider(one, node)
+                ),
+            )
         if node.target is aten.embedding.default and self.policy.residual != torch.float32:
             self.env[node] = self.casts.to(self.env[node], self.policy.residual, _STREAM, node)
 
@@ -267,10 +267,14 @@ class Mixed:
             source = made
         self.env[node] = source
 
-    def mixes_a_scalar(self, node: fx.Node, floats: Sequence[fx.Node], narrow: Sequence[fx.Node]) -> bool:
-        """Whether an fp32 tensor without axes takes a 16-bit one's place, which would round it: `finfo.min` to -inf."""
-        wide = (value_of(one) for one in floats if one not in narrow)
-        return node.target in _PUTS and any(value.dim() == 0 for value in wide)
+    def why_not_narrow(self, node: fx.Node, floats: Sequence[fx.Node], narrow: Sequence[fx.Node]) -> str:
+        """Why an operator that follows does not, where some of its inputs have 16 bits; "" for no reason."""
+        if narrow and beyond(node, value_of(self.env[narrow[0]]).dtype):
+            return "a constant is beyond the range of 16 bits"
+        wide = [value_of(one) for one in floats if one not in narrow]
+        if narrow and node.target in _PUTS and any(value.dim() == 0 for value in wide):
+            return "a number in fp32 is met in fp32"  # it would be rounded to what it is put into: `finfo.min` to -inf
+        return _ALIKE if narrow and wide and node.target in _ONE_DTYPE else ""
 
     def is_stream(self, node: fx.Node, floats: Sequence[fx.Node], narrow: Sequence[fx.Node]) -> bool:
         """Whether `node` adds a 16-bit tensor to an fp32 one of its size, and the stream is to have 16 bits."""
@@ -331,10 +335,10 @@ class Mixed:
         return new
 
     def emit(self, node: fx.Node, change: Callable[[fx.Node], fx.Node]) -> None:
-        """`node` on arguments brought to their dtypes by `change`; where it refuses them, all in the widest."""
+        """`node` on arguments brought to their dtypes by `change`; where it refuses them, in fp32, or as they were."""
         ways = (
             change,
-            lambda one: self.cast(one, torch.float32, node, "the operator takes one dtype"),
+            lambda one: self.cast(one, torch.float32, node, _ALIKE),
             lambda one: self.as_before(one, node, "the operator takes the dtypes it had only"),
         )
         for way in ways:
@@ -353,9 +357,9 @@ class Mixed:
 
     def value(self, node: fx.Node, arranged: dict[fx.Node, fx.Node], args: Any, kwargs: Any) -> Any:
         """What `node` gives on the new arguments. It is only run where a dtype may be another one."""
-        alike = all(_dtypes(value_of(one)) == _dtypes(value_of(new)) for one, new in arranged.items())
         if not isinstance(node.target, compat.OpOverload) or "kept" in node.meta or mutates(node):
             return value_of(node)
+        alike = all(_dtypes(value_of(one)) == _dtypes(value_of(new)) for one, new in arranged.items())
         if alike and node.meta.get("autocast") is None:
             return value_of(node)
         values, named = fx.node.map_arg((args, kwargs), value_of)
@@ -387,7 +391,7 @@ class Mixed:
     def hoisted(self, outer: fx.Node, inner: fx.Node, node: fx.Node) -> fx.Node:
         """The cast of `outer` in place of it, if it is an input of this graph and all that the body reads is a cast."""
         readers = list(inner.users)
-        if outer.op != "placeholder" or len(readers) != 1 or MARK not in readers[0].meta:
+        if outer.op != "placeholder" or len(readers) != 1 or not is_made(readers[0]):
             return outer
         (cast,) = readers
         cast.replace_all_uses_with(inner)

@@ -50,6 +50,7 @@ _FP32 = """
     scatter_add index_add index_reduce scatter_reduce log_sigmoid
     pow exp exp2 expm1 log log2 log10 log1p rsqrt sqrt reciprocal softplus logit erfinv
     cos sin tan acos asin cosh sinh atan2
+    polar complex view_as_complex view_as_real angle igamma igammac lgamma digamma polygamma special_zeta
 """
 _FOLLOW = """
     alias clone contiguous detach to type_as lift_fresh lift_fresh_copy expand expand_as view view_as reshape
@@ -71,13 +72,9 @@ _FOLLOW = """
 """What takes and gives any dtype and sums nothing: movements, choices, pools. Pointwise operators, which torch tags,
 need no mention. What is in none of the lists computes in fp32: many of the rest have no kernel for 16 bits."""
 
-_WIDE_POINTWISE = """
-    polar complex view_as_complex view_as_real angle igamma igammac lgamma digamma polygamma special_zeta
-"""
-
 TABLE: Mapping[str, Class] = {
     **{f"aten::{name}": "low" for name in _LOW.split()},
-    **{f"aten::{name}": "fp32" for name in (*_FP32.split(), *_WIDE_POINTWISE.split())},
+    **{f"aten::{name}": "fp32" for name in _FP32.split()},
     **{f"aten::{name}": "follow" for name in _FOLLOW.split()},
 }
 """Operators by name, all overloads alike. As autocast has it on CUDA (torch/amp docs), and
