@@ -17,13 +17,11 @@ import triton
 from choosers import Always
 from models import build
 from torch import Tensor, fx
-from torch._functorch.aot_autograd import aot_module_simplified, make_boxed_func
-from torch._functorch.partitioners import min_cut_rematerialization_partition
 from triton.backends.compiler import GPUTarget
 
 import fxopt
 from fxopt.backend import run
-from fxopt.compat import FakeTensorMode
+from fxopt.compat import FakeTensorMode, aot_backend
 
 
 class _Driver:
@@ -78,16 +76,10 @@ def autocast(dtype: str | None) -> Any:
 def joint_of(graph: fx.GraphModule, inputs: Any, found: dict[str, Any]) -> Any:
     """Through AOTAutograd to its joint graph, of which is noted what a test may ask."""
 
-    def compiler(gm: fx.GraphModule, _: Any) -> Any:
-        return make_boxed_func(gm.forward)
-
-    def partition(joint: fx.GraphModule, given: Any, **how: Any) -> Any:
+    def look(joint: fx.GraphModule) -> None:
         found["joint"] += [described(node) for node in joint.graph.nodes if node.op == "call_function"]
-        return min_cut_rematerialization_partition(joint, given, **how)
 
-    return aot_module_simplified(
-        graph, inputs, fw_compiler=compiler, bw_compiler=compiler, partition_fn=partition
-    )  # fmt: skip
+    return aot_backend(look)(graph, inputs)
 
 
 def described(node: fx.Node) -> dict[str, Any]:
