@@ -15,6 +15,8 @@ from fxopt.choice import Choice
 from fxopt.choosing import Chooser
 from fxopt.differential import same_function
 from fxopt.fake import without_autocast
+from fxopt.fallback import warn_once
+from fxopt.memory.plan import Plan
 from fxopt.options import Options
 from fxopt.outputs import OutputPlan, defer_outputs
 from fxopt.passes import precision
@@ -45,12 +47,39 @@ def fxopt(
     key = f"fxopt {VERSION} {parsed.cache_key()}"
     name = f"graph {len(reports())}"
 
+    plans: list[Plan | None] = [None]
+
     def compiler(graph: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        return compat.compile_graph(graph, inputs, patches, key)
+        compiled, plans[0] = compile_planned(graph, inputs, patches, key, parsed)
+        return compiled
 
     found, compiled = run(gm, example_inputs, parsed, compiler, name, chooser_for(parsed, patches))
+    found.plan = plans[0]
     record(Report([found]))
     return compiled
+
+
+def compile_planned(
+    graph: fx.GraphModule, inputs: Sequence[Any], patches: Mapping[str, Any], key: str, options: Options
+) -> tuple[Callable[..., Any], Plan | None]:
+    """Compile `graph` by Inductor, within the memory budget if there is one; and the plan, None without.
+
+    Raises OptionError and BudgetError.
+    """
+    if options.memory is None:
+        return compat.compile_graph(graph, inputs, patches, key), None
+    from fxopt.passes.memory_plan import planning  # it loads Inductor, which an explanation does without
+
+    try:
+        with planning(graph, options.memory, f"{key} {sorted(patches.items())}") as found:
+            planned = {**patches, "custom_partitioner_fn": found.partitioner}
+            return compat.compile_graph(graph, inputs, planned, key), found.plan
+    except compat.DYNAMO_CONTROL:
+        raise
+    except Exception as error:
+        given: dict[str, object] = {"memory_budget": options.memory.budget.bytes}
+        warn_once("the memory plan", "there is none, and no budget is kept", error, graph, given)
+        return compat.compile_graph(graph, inputs, patches, key), None
 
 
 def chooser_for(options: Options, patches: Mapping[str, Any] | None) -> Chooser | None:
@@ -94,6 +123,7 @@ def run(
             stages.report.casts = precision.casts_in(graph)
             stages.report.notes.append(mixed.note(stages.report.casts))
         stages.dump_kernels(graph)
+        compat.inherit_from_dynamo(graph, gm)
         compiled = stages.run("compile", lambda: plan.wrap(compiler(graph, inputs)), otherwise=None)
     return stages.finish(), compiled or compiler(gm, inputs)
 

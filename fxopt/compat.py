@@ -9,7 +9,9 @@ import collections
 import contextlib
 import contextvars
 import copy
+import dataclasses
 import functools
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -17,6 +19,7 @@ import torch
 from torch import fx
 from torch._C import _set_grad_enabled
 from torch._dynamo.exc import RestartAnalysis, ShortenTraceback, SkipFrame
+from torch._functorch import partitioners
 from torch._guards import tracing
 from torch._higher_order_ops.wrap import tag_activation_checkpoint
 from torch._ops import HigherOrderOperator, OpOverload
@@ -37,6 +40,7 @@ __all__ = [
     "FakeTensorMode",
     "FunctionalTensorMode",
     "HigherOrderOperator",
+    "Lowered",
     "OpOverload",
     "PassesThroughDynamo",
     "TorchDispatchMode",
@@ -46,14 +50,23 @@ __all__ = [
     "decompose_within",
     "disabled_torch_function",
     "ends_in_break",
+    "extern_kernel",
     "fake_mode_of",
     "forbid_data_pointer",
+    "fusible",
     "guard_or_false",
     "ignoring_fresh_symbols",
     "inductor_option_names",
+    "inherit_from_dynamo",
     "is_traced",
+    "load_wrapper",
+    "lower",
     "mode_options",
+    "must_recompute",
+    "must_save",
     "outside_dispatch_modes",
+    "partition",
+    "partitioner_class",
     "pytree",
     "shielded_from_autocast",
     "size_expression",
@@ -83,6 +96,24 @@ DYNAMO_CONTROL = (RestartAnalysis, ShortenTraceback, SkipFrame)
 def ends_in_break(gm: fx.GraphModule) -> bool:
     """Whether Dynamo cut the graph here, so that others of the same model will follow."""
     return bool(getattr(getattr(gm, "compile_subgraph_reason", None), "graph_break", False))
+
+
+def inherit_from_dynamo(gm: fx.GraphModule, source: fx.GraphModule) -> None:
+    """Tell AOTAutograd of `gm` what it would learn of `source`, Dynamo's graph with the same inputs.
+
+    It is which of them are parameters, whose memory stays where it is: CUDA graphs copy all others at every step, and a
+    partitioner is told. It reads it from attributes of the module and of its placeholders.
+    """
+    own = [name for name, _ in (*gm.named_parameters(), *gm.named_buffers())]
+    before, after = (list(one.graph.find_nodes(op="placeholder")) for one in (source, gm))
+    known = hasattr(source, "_param_name_to_source") and all(hasattr(node, "_dynamo_source") for node in before)
+    if gm is source or own or not known or len(before) != len(after):
+        return
+    gm._param_name_to_source = source._param_name_to_source
+    for old, new in zip(before, after, strict=True):
+        new._dynamo_source = old._dynamo_source
+        if "tensor_dict" in old.meta:
+            new.meta["tensor_dict"] = old.meta["tensor_dict"]
 
 
 def fake_mode_of(values: Any) -> FakeTensorMode | None:
@@ -162,16 +193,186 @@ def compile_graph(
         return compile_fx(gm, list(inputs), config_patches=dict(patches))  # type: ignore[return-value]
 
 
+# --- what a memory plan asks of the partitioner and of Inductor ---------------------------------------------------
+
+
+def partitioner_class() -> Any:
+    """What ``torch._inductor.config.custom_partitioner_fn`` must be an instance of.
+
+    It is called with a joint graph, and has a `uuid()` for caches' keys, into which the whole instance is pickled.
+    """
+    from torch._inductor.custom_graph_pass import CustomPartitionerFn
+
+    return CustomPartitionerFn
+
+
+_CHOICE = contextvars.ContextVar[Any]("fxopt_saved_values", default=None)
+
+
+def partition(gm: fx.GraphModule, inputs: Any, choose: Callable[..., Any], **how: Any) -> Any:
+    """Torch's min-cut partitioner, whose choice of saved values is replaced: -> (forward, backward) graph modules.
+
+    choose: is called with the joint graph, torch's `NodeInfo` and a function that returns torch's own choice; returns
+    nodes. What is not among them and the backward needs is recomputed. Collectives, effects, random numbers in
+    checkpoints and symbolic sizes are dealt with by torch, before and after.
+    """
+    _guard_partitioner()
+    token = _CHOICE.set(choose)
+    try:
+        return partitioners.min_cut_rematerialization_partition(gm, inputs, **how)
+    finally:
+        _CHOICE.reset(token)
+
+
+@functools.cache
+def _guard_partitioner() -> None:
+    """Once a process: the partitioner asks, each time, whether somebody chooses in its place in this thread."""
+    own = partitioners.choose_saved_values_set
+
+    def choose(joint_graph: fx.Graph, node_info: Any, *args: Any, **kwargs: Any) -> Any:
+        def stock() -> Any:
+            return own(joint_graph, node_info, *args, **kwargs)
+
+        chosen = _CHOICE.get()
+        return stock() if chosen is None else chosen(joint_graph, node_info, stock)
+
+    partitioners.choose_saved_values_set = choose
+
+
+def must_recompute(node: fx.Node) -> bool:
+    """Whether the user's checkpoint says that the backward makes `node` again."""
+    return bool(partitioners.must_recompute(node))
+
+
+def must_save(node: fx.Node) -> bool:
+    """Whether the user's policy, or torch for what has effects, says that `node` is computed once."""
+    policy = torch.utils.checkpoint.CheckpointPolicy
+    return node.meta.get("recompute") in (policy.MUST_SAVE, policy.PREFER_SAVE)
+
+
+def is_symbolic(node: fx.Node) -> bool:
+    """Whether `node` is a symbolic number."""
+    return bool(partitioners.is_sym_node(node))
+
+
+def is_opaque(node: fx.Node) -> bool:
+    """Whether `node` is an opaque object, for example a process group."""
+    return bool(getattr(partitioners, "is_opaque_node", lambda _: False)(node))
+
+
+def fusible() -> Any:
+    """Torch's table of operators, for its `is_fusible(node)` and `is_view(node)`."""
+    return partitioners.get_default_op_list()
+
+
+@dataclasses.dataclass(frozen=True)
+class Lowered:
+    """A graph as Inductor's wrapper code: source, values of its inputs, names of inputs and outputs in the graph."""
+
+    code: str
+    inputs: list[Any]
+    input_names: list[str]
+    output_names: list[str]
+
+
+class _Lowered(Exception):
+    """Ends a compilation once the wrapper is written, before any kernel is compiled."""
+
+
+_LOWERING = contextvars.ContextVar[Any]("fxopt_lowering", default=None)
+
+
+def lower(gm: fx.GraphModule, is_backward: bool, static_inputs: Sequence[int] = ()) -> Lowered:
+    """The wrapper that Inductor writes for `gm`, of which it compiles no kernel. Raises what Inductor raises."""
+    from torch._inductor import config
+    from torch._inductor.compile_fx import compile_fx_inner
+
+    _guard_output_code()
+    gm = copy.deepcopy(gm)
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    inputs = [node.meta["val"] for node in placeholders]
+    outputs: Any = gm.graph.output_node().args[0]
+    names = [item.name if isinstance(item, fx.Node) else "" for item in outputs]
+    written: list[str] = []
+    token = _LOWERING.set(written.append)
+    how: dict[str, Any] = {
+        "is_backward": is_backward,
+        "static_input_idxs": static_inputs,
+        "is_inference": False,
+        "graph_id": 0,
+    }
+    quiet = logging.getLogger("torch._inductor.utils")
+    try:
+        with tracing(None), config.patch(force_disable_caches=True), _silenced(quiet):
+            compile_fx_inner(gm, inputs, **how)
+    except Exception:
+        if not written:
+            raise
+    finally:
+        _LOWERING.reset(token)
+    return Lowered(written[0], inputs, [node.name for node in placeholders], names)
+
+
+@contextlib.contextmanager
+def _silenced(logger: logging.Logger) -> Iterator[None]:
+    """Within, `logger` warns of nothing."""
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
+@functools.cache
+def _guard_output_code() -> None:
+    """Once a process: what Inductor hands its wrappers to asks whether somebody in this thread waits for one."""
+    from torch._inductor.graph import GraphLowering
+
+    before = GraphLowering.save_output_code
+
+    def save(code: str) -> None:
+        if (waiting := _LOWERING.get()) is not None:
+            waiting(code)
+            raise _Lowered
+        if before is not None:
+            before(code)
+
+    GraphLowering.save_output_code = staticmethod(save)
+
+
+def load_wrapper(code: str, doubles: Mapping[str, Any]) -> Callable[[list[Any]], Any]:
+    """The function ``call`` of a wrapper, with `doubles` in place of names that it imports or defines.
+
+    Raises RuntimeError where the wrapper makes its kernels otherwise than is known.
+    """
+    maker = "async_compile = AsyncCompile()"
+    if maker not in code:
+        raise RuntimeError("Inductor's wrapper makes its kernels otherwise than is known")
+    names: dict[str, Any] = {"__name__": "fxopt_wrapper", "_kernels": doubles["async_compile"]}
+    exec(compile(code.replace(maker, "async_compile = _kernels"), "<wrapper>", "exec"), names)
+    names |= doubles
+    call: Callable[[list[Any]], Any] = names["call"]
+    return call
+
+
+def extern_kernel(name: str) -> Callable[..., Any]:
+    """A library's kernel by the name that Inductor's wrappers call it."""
+    from torch._inductor.select_algorithm import extern_kernels
+
+    found: Callable[..., Any] = getattr(extern_kernels, name)
+    return found
+
+
 def aot_backend(look: Callable[[fx.GraphModule], None]) -> Callable[..., Any]:
     """A backend that runs graphs as AOTAutograd makes them, uncompiled, and shows `look` each joint graph."""
     from torch._dynamo.backends.common import aot_autograd
-    from torch._functorch.partitioners import min_cut_rematerialization_partition
 
-    def partition(joint: fx.GraphModule, inputs: Any, **how: Any) -> Any:
+    def partition_fn(joint: fx.GraphModule, inputs: Any, **how: Any) -> Any:
         look(joint)
-        return min_cut_rematerialization_partition(joint, inputs, **how)
+        return partitioners.min_cut_rematerialization_partition(joint, inputs, **how)
 
-    return aot_autograd(fw_compiler=lambda gm, _: gm, partition_fn=partition)
+    return aot_autograd(fw_compiler=lambda gm, _: gm, partition_fn=partition_fn)
 
 
 @contextlib.contextmanager

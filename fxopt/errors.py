@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from fxopt import compat
 
-__all__ = ["OptionError", "brief", "nearest"]
+__all__ = ["BudgetError", "OptionError", "brief", "nearest"]
 
 
 class OptionError(compat.PassesThroughDynamo, ValueError):
@@ -24,3 +24,11 @@ def nearest(key: object, names: Sequence[str]) -> str:
     """What to add to a message about `key`, which is none of `names`: the one that may have been meant."""
     close = difflib.get_close_matches(str(key), names, n=1, cutoff=0.5)
     return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+class BudgetError(compat.PassesThroughDynamo, ValueError):
+    """No plan holds a step within the memory budget; `minimum` is the smallest budget, in bytes, that would do."""
+
+    def __init__(self, message: str, minimum: int):
+        super().__init__(message)
+        self.minimum = minimum

@@ -11,6 +11,16 @@ from typing import Any, Literal, get_args
 from fxopt import compat
 from fxopt.errors import OptionError, nearest
 from fxopt.kernels.interpreter import interpreting
+from fxopt.memory.request import (
+    Budget,
+    Infeasibility,
+    Request,
+    parse_accumulation,
+    parse_budget,
+    parse_infeasible,
+    parse_offload,
+    parse_optimizer,
+)
 from fxopt.ops.launch import LOWERINGS, Lowering
 from fxopt.precision.policy import Policy
 from fxopt.rule import Rule
@@ -42,6 +52,15 @@ class Options:
     choose:   "measure" times, at each site on CUDA and once for each kind of site on a machine, fxopt's kernel, torch's
               own and Inductor's code, and takes the best; "never" takes fxopt's wherever nothing is objected. Nothing
               is measured on other devices, nor for rules in `force`.
+    memory_budget: what a step may take of the device, parameters and optimizer included: bytes, "12GiB", "80%" of the
+              card, or "auto", what is free now. A step that cannot be held to it is a `BudgetError` before the first.
+              None plans nothing: torch decides what is kept for the backward (docs/memory.md).
+    optimizer: whose state the budget has to hold: "adamw", "adamw8bit", "sgd", "sgd_momentum", or bytes a trained
+              parameter. None looks for the optimizers of this process, and counts "adamw" where there is none.
+    accumulation: whether gradients of earlier batches are held during a step.
+    offload:  whether values may wait for the backward in the host's memory: False, True (the link's rate is the
+              card's), or GB/s. There is nothing to offload to on a CPU and on cards that share the host's memory.
+    infeasible: "error", or "minimum" to train with the lowest peak there is where no plan fits the budget.
     inductor: ``torch._inductor.config`` entries for this compilation, as ``torch.compile`` takes them.
     """
 
@@ -53,6 +72,11 @@ class Options:
     kernels: Lowering = "auto"
     precision: Policy | None = None
     choose: Choosing = "measure"
+    memory_budget: Budget | None = None
+    optimizer: str | float | None = None
+    accumulation: bool = False
+    offload: bool | float = False
+    infeasible: Infeasibility = "error"
     inductor: tuple[tuple[str, Any], ...] = ()
 
     @classmethod
@@ -76,6 +100,13 @@ class Options:
                     f"option force: no rule {name!r}{nearest(str(name), known)}. Rules: {', '.join(known)}."
                 )
         return parsed
+
+    @property
+    def memory(self) -> Request | None:
+        """What is asked of the memory plan; None: nothing."""
+        if self.memory_budget is None:
+            return None
+        return Request(self.memory_budget, self.optimizer, self.accumulation, self.offload, self.infeasible)
 
     def cache_key(self) -> str:
         """What these options and the rules' versions add to the keys of torch's caches."""
@@ -175,5 +206,10 @@ _PARSERS = {
     "kernels": _kernels,
     "precision": Policy.parse,
     "choose": _choose,
+    "memory_budget": parse_budget,
+    "optimizer": parse_optimizer,
+    "accumulation": parse_accumulation,
+    "offload": parse_offload,
+    "infeasible": parse_infeasible,
     "inductor": _inductor,
 }

@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fxopt.choice import Choice, Measured
+from fxopt.memory.plan import Plan
 from fxopt.precision.casts import Cast
 from fxopt.rule import Place, Refusal, Rewrite
 
@@ -43,6 +44,7 @@ class GraphReport:
     nodes:    stage -> number of nodes after it.
     files:    what `options={"dump": dir}` wrote.
     kernels:  of those files the sources of kernels, once for each site that launches one.
+    plan:     the memory plan; None without a budget.
     """
 
     name: str
@@ -55,6 +57,7 @@ class GraphReport:
     nodes: dict[str, int] = dataclasses.field(default_factory=dict)
     files: list[Path] = dataclasses.field(default_factory=list)
     kernels: list[SiteKernel] = dataclasses.field(default_factory=list)
+    plan: Plan | None = None
 
 
 @dataclasses.dataclass
@@ -95,6 +98,11 @@ class Report:
     def kernels(self) -> list[SiteKernel]:
         """The generated kernels of every site, where a dump directory was given."""
         return [item for graph in self.graphs for item in graph.kernels]
+
+    @property
+    def plans(self) -> list[Plan]:
+        """The memory plans, one for each graph that a budget was given for."""
+        return [graph.plan for graph in self.graphs if graph.plan is not None]
 
     @property
     def timings(self) -> dict[str, float]:
@@ -155,6 +163,11 @@ def _tables(graph: GraphReport) -> Any:
         yield table
     if graph.casts:
         yield _table_of_casts(graph.casts)
+    if graph.plan is not None:
+        yield Text(f"memory: {graph.plan.summary}")
+        yield _table_of_memory(graph.plan)
+        for note in graph.plan.notes:
+            yield Text(f"note: {note}")
     for name in graph.deferred:
         yield Text(f"deferred: {name} is computed when it is first read")
     for note in graph.notes:
@@ -173,6 +186,19 @@ def _table_of_casts(casts: list[Cast]) -> Table:
     table = Table("from", "to", "casts", "MiB", "why", title="casts", title_justify="left", box=None, pad_edge=False)
     for (before, after, reason), group in groups.items():
         table.add_row(before, after, str(len(group)), f"{sum(cast.bytes for cast in group) / 2**20:.1f}", reason)
+    return table
+
+
+SHOWN_ROWS = 12
+"""Tensors of a plan that are printed; `Report.plans` has them all."""
+
+
+def _table_of_memory(plan: Plan) -> Table:
+    table = Table("tensor", "MiB", "", "where", "why", title="memory", title_justify="left", box=None, pad_edge=False)
+    for row in plan.rows[:SHOWN_ROWS]:
+        table.add_row(row.name, f"{row.bytes / 2**20:.1f}", row.decision, str(row.place), row.reason)
+    if (more := len(plan.rows) - SHOWN_ROWS) > 0:
+        table.add_row(f"and {more} more")
     return table
 
 
@@ -195,7 +221,9 @@ def _graph_from(data: dict[str, Any]) -> GraphReport:
     casts = [Cast(**item | {"place": Place(**item["place"])}) for item in data["casts"]]
     files = [Path(item) for item in data["files"]]
     kernels = [SiteKernel(**item | {"path": Path(item["path"])}) for item in data["kernels"]]
+    plan = None if data.get("plan") is None else Plan.from_json(data["plan"])
     read = {"rewrites": rewrites, "refusals": refusals, "casts": casts, "files": files, "kernels": kernels}
+    read["plan"] = plan
     return GraphReport(**data | read)
 
 

@@ -118,9 +118,12 @@ class Place:
         )
 
 
-def module_path(node: fx.Node) -> str:
-    """``model.layers.0.input_layernorm`` from what Dynamo records of the module stack."""
-    stack = node.meta.get("nn_module_stack") or {}
+def module_path(node: fx.Node, key: str = "nn_module_stack") -> str:
+    """``model.layers.0.input_layernorm`` from what Dynamo records of the module stack.
+
+    key: "fwd_nn_module_stack" for a node of a backward: the module that it is the derivative of.
+    """
+    stack = node.meta.get(key) or {}
     path = str(list(stack.values())[-1][0]) if stack else ""
     path = re.sub(r"\[['\"]?([^\]'\"]+)['\"]?\]", r".\1", path).replace("_modules.", "")
     return re.sub(r"^(L\.)?(self|fn)?\.?", "", path).replace("._orig_mod", "")

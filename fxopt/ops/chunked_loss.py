@@ -44,12 +44,16 @@ def chunk_rows(rows: int, vocabulary: int, dtype: torch.dtype, least: int = LEAS
 
 
 def workspace_bytes(rows: int, weight: Tensor, spec: LossSpec, wanted: Wanted, kernels: bool = False) -> int:
-    """Bytes that `loss_and_gradients` holds at its peak, less inputs and results; no row ignored, weight [V, H]."""
+    """Bytes that `loss_and_gradients` holds at its peak, less inputs and results; weight [V, H].
+
+    Where ignored rows are dropped, a few are: those that count are copied, a chunk at a time, beside their positions.
+    """
     vocabulary, wide = weight.shape[0], accumulate_dtype(weight.dtype)
     step = chunk_rows(rows, vocabulary, weight.dtype, least_rows(weight, wanted.weight))
     blocks = 0 if kernels else block_bytes(step, vocabulary, weight.dtype, spec, bool(wanted))
     rows_of_hidden = step * weight.shape[1] * wide.itemsize * 2  # before and after the factor, or x and its transpose
-    return blocks + rows_of_hidden + held_bytes(weight, step, wanted.weight)
+    dropping = 0 if kernels or weight.device.type != "cpu" else step * weight.shape[1] * weight.itemsize + 17 * rows
+    return blocks + rows_of_hidden + dropping + held_bytes(weight, step, wanted.weight)
 
 
 def loss_and_gradients(

@@ -1,0 +1,105 @@
+"""A memory plan, for people and for the report."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from fxopt.memory.units import show_bytes
+from fxopt.rule import Place
+
+__all__ = ["KEPT", "OFFLOADED", "RECOMPUTED", "Plan", "Row", "Timeline"]
+
+KEPT, RECOMPUTED, OFFLOADED = "kept", "recomputed", "offloaded"
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """What was decided of one tensor that the backward needs.
+
+    bytes: its size. decision: "kept", "recomputed" or "offloaded". reason: a few words. place: where it is made.
+    """
+
+    name: str
+    bytes: int
+    decision: str
+    reason: str
+    place: Place
+
+
+@dataclasses.dataclass(frozen=True)
+class Timeline:
+    """Bytes held over one step, parameters and what else is resident included, at most `POINTS` of each part."""
+
+    forward: tuple[int, ...] = ()
+    backward: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, forward: Sequence[int], backward: Sequence[int], resident: int) -> Timeline:
+        """From every event; of those that are left out, the highest stays."""
+        return cls(*(tuple(resident + one for one in _thinned(part)) for part in (forward, backward)))
+
+
+POINTS = 400
+
+
+def _thinned(values: Sequence[int]) -> list[int]:
+    """At most `POINTS` of `values`, each the highest of its neighbours."""
+    step = -(-len(values) // POINTS) or 1
+    return [max(values[at : at + step]) for at in range(0, len(values), step)]
+
+
+@dataclasses.dataclass
+class Plan:
+    """What one graph keeps, makes again and offloads, so that a step fits `budget` bytes.
+
+    budget:    bytes for the process on the device.
+    resident:  bytes by what holds them in any case: "parameters", "optimizer", ...
+    rows:      a tensor each, largest first.
+    predicted: the step's peak in bytes, resident included; by the compiled code's allocations.
+    default:   the peak without a plan, in the same way; 0 where it was not computed.
+    parts:     bytes at the peak by what holds them; their sum is `predicted`.
+    measured:  the peak of a step that has run; None where nobody measured (always on a CPU).
+    recompute_seconds, step_seconds: modelled, of making values again, and of the products and traffic of a step.
+    solver_seconds, trials: what planning took, and how many plans were lowered to see their true peak.
+    notes:     what a reader should know besides.
+    """
+
+    budget: int
+    resident: dict[str, int]
+    rows: list[Row]
+    predicted: int
+    default: int
+    parts: dict[str, int]
+    timeline: Timeline
+    recompute_seconds: float
+    step_seconds: float
+    solver_seconds: float
+    trials: int
+    notes: list[str] = dataclasses.field(default_factory=list)
+    measured: int | None = None
+
+    def bytes_of(self, decision: str) -> int:
+        """Bytes of the tensors of which that was decided."""
+        return sum(row.bytes for row in self.rows if row.decision == decision)
+
+    @property
+    def summary(self) -> str:
+        """One line."""
+        done = ", ".join(
+            f"{decision} {show_bytes(self.bytes_of(decision))}"
+            for decision in (KEPT, RECOMPUTED, OFFLOADED)
+            if self.bytes_of(decision)
+        )
+        peak = f"peak {show_bytes(self.predicted)} of {show_bytes(self.budget)}"
+        seen = f" (measured {show_bytes(self.measured)})" if self.measured is not None else ""
+        without = f"; without a plan {show_bytes(self.default)}" if self.default else ""
+        return f"{peak}{seen}: {done or 'nothing is saved'}{without}"
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Plan:
+        """The plan that `dataclasses.asdict` gave."""
+        rows = [Row(**row | {"place": Place(**row["place"])}) for row in data["rows"]]
+        timeline = Timeline(*(tuple(data["timeline"][part]) for part in ("forward", "backward")))
+        return cls(**data | {"rows": rows, "timeline": timeline})

@@ -1,0 +1,128 @@
+"""The closed loop: solve, lower, see the true peak, correct the model by the difference, solve again.
+
+The difference between the modelled peak and that of the code is nearly the same for all plans of a graph, so two or
+three turns do (shared/evidence.md, section 10).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+
+import numpy as np
+
+from fxopt.memory.joint import Array, Joint
+from fxopt.memory.replay import Replay
+from fxopt.memory.solve import NO_BIAS, Peaks, Solution, modelled, recompute_seconds, solve
+
+__all__ = ["Decision", "Infeasible", "decide"]
+
+MOST_TRIALS = 5
+ENOUGH = 0.965
+"""Share of the budget from which on a plan that fits is not made better."""
+UNDER = 0.85
+"""The graph's own liveness gives from 0.82 to 1.1 of the true peak: below this share of the budget it may well fit."""
+
+
+class Infeasible(Exception):
+    """No plan fits; `lowest` is that with the lowest peak there is."""
+
+    def __init__(self, lowest: Decision):
+        super().__init__("no plan fits the budget")
+        self.lowest = lowest
+
+
+@dataclasses.dataclass(frozen=True)
+class Decision:
+    """What to do, and what came of it.
+
+    solution: None where torch's own choice is taken. replay: of its code. default: of the code of torch's own choice,
+    None where it was clear that it does not fit.
+    """
+
+    solution: Solution | None
+    replay: Replay
+    default: Replay | None
+    solver_seconds: float
+    trials: int
+
+
+Trial = Callable[[Solution | None], Replay]
+"""Lowers a plan, or torch's own for None."""
+
+
+class _Loop:
+    def __init__(self, joint: Joint, budget: float, trial: Trial, link: float):
+        self.joint, self.budget, self.trial, self.link = joint, budget, trial, link
+        self.bias = NO_BIAS
+        self.seconds, self.trials = 0.0, 0
+        self.default: Replay | None = None
+        self.tried: list[tuple[Solution, Replay]] = []
+
+    def decision(self, solution: Solution | None, replay: Replay) -> Decision:
+        return Decision(solution, replay, self.default, self.seconds, self.trials)
+
+    def run(self, stock: Array) -> Decision:
+        """stock: which forward nodes torch keeps."""
+        own = Solution(stock, np.zeros_like(stock), optimal=True)
+        if modelled(self.joint, own).peak * UNDER <= self.budget:
+            self.default = self.attempt(None, own)
+            if self.default.peak <= self.budget:
+                return self.decision(None, self.default)
+        while self.trials < MOST_TRIALS and not self.settled():
+            solution = self.solved(self.budget)
+            if solution is None or self.known(solution):
+                solution = self.solved(None)
+                if solution is None or self.known(solution):
+                    break
+            self.tried.append((solution, self.attempt(solution, solution)))
+        return self.best()
+
+    def solved(self, budget: float | None) -> Solution | None:
+        begin = time.perf_counter()
+        solution = solve(self.joint, budget, self.bias, self.link)
+        self.seconds += time.perf_counter() - begin
+        return solution
+
+    def attempt(self, solution: Solution | None, held: Solution) -> Replay:
+        """Lower `solution`, whose nodes are those of `held`, and learn by how much the model is wrong."""
+        self.trials += 1
+        replay = self.trial(solution)
+        self.bias = Peaks(*map(float, replay.peaks)) - modelled(self.joint, held, self.link)
+        return replay
+
+    def known(self, solution: Solution) -> bool:
+        return any(
+            np.array_equal(solution.kept, one.kept) and np.array_equal(solution.offloaded, one.offloaded)
+            for one, _ in self.tried
+        )
+
+    def settled(self) -> bool:
+        """Whether the last plan fits, and leaves little of the budget."""
+        return bool(self.tried) and ENOUGH * self.budget <= self.tried[-1][1].peak <= self.budget
+
+    def best(self) -> Decision:
+        """The cheapest that fits. Raises Infeasible."""
+        fitting = [item for item in self.tried if item[1].peak <= self.budget]
+        if fitting:
+            return self.decision(*min(fitting, key=lambda item: recompute_seconds(self.joint, item[0].kept)))
+        lowest = self.solved(None)
+        if lowest is not None and not self.known(lowest):
+            self.tried.append((lowest, self.attempt(lowest, lowest)))
+        if not self.tried:
+            raise ValueError("the constraints of the user's checkpoints contradict one another")
+        solution, replay = min(self.tried, key=lambda item: item[1].peak)
+        found = self.decision(solution, replay)
+        if replay.peak <= self.budget:
+            return found
+        raise Infeasible(found)
+
+
+def decide(joint: Joint, stock: Array, budget: float, trial: Trial, link: float = 0.0) -> Decision:
+    """The cheapest plan whose code stays within `budget` bytes, parameters and what else is resident not counted.
+
+    stock: which of `joint.forward` torch's own partitioner keeps; if that fits, it is what is done. trial: lowers a
+    plan and replays its code. link: bytes a second for offloading, 0 for none. Raises Infeasible.
+    """
+    return _Loop(joint, budget, trial, link).run(stock)

@@ -1,0 +1,86 @@
+"""What devices do in a second, and hold: one table for planning, with or without the device."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+
+from fxopt.errors import OptionError, nearest
+
+__all__ = ["DEVICES", "Device", "device_named", "device_of"]
+
+
+@dataclass(frozen=True)
+class Device:
+    """A device as a planner sees it.
+
+    memory: bytes; 0 where it is the host's. flops, flops16: products of fp32 and of 16-bit numbers a second that
+    libraries reach (TF32 off). bandwidth: bytes a second of its memory. link: bytes a second to pinned host memory,
+    each way; 0 where there is nothing to offload to. reserve: bytes that the process takes besides tensors (context,
+    libraries' workspaces). margin: share of the budget that the allocator may lose to fragmentation.
+    """
+
+    name: str
+    memory: int
+    flops: float
+    flops16: float
+    bandwidth: float
+    link: float = 0.0
+    reserve: int = 0
+    margin: float = 0.0
+
+    def flops_of(self, dtype: torch.dtype) -> float:
+        """Flops a second of products of `dtype`."""
+        return self.flops16 if dtype.itemsize <= 2 else self.flops
+
+
+def _card(name: str, gib: float, fp32: float, fp16: float, bandwidth: float, link: float) -> Device:
+    """From a data sheet: TFLOP/s (dense, fp32 accumulation), GB/s. Libraries reach 0.75, 0.7 and 0.85 of these."""
+    memory, reserve = int(gib * 2**30), 512 * 2**20
+    return Device(name, memory, 0.75e12 * fp32, 0.7e12 * fp16, 0.85e9 * bandwidth, 0.85e9 * link, reserve, 0.02)
+
+
+CPU = Device("cpu", 0, 0.2e12, 0.2e12, 2e10)
+"""A few cores. Only the ratio of the two rates decides anything, and it is 10 flops a byte on most."""
+
+DEVICES = {
+    device.name: device
+    for device in (
+        CPU,
+        _card("rtx3060", 12, 12.7, 25.5, 360, 25),
+        _card("rtx3090", 24, 35.6, 71, 936, 25),
+        _card("rtx4060", 8, 15.1, 30, 272, 12.5),
+        _card("rtx4090", 24, 82.6, 165, 1008, 25),
+        _card("rtx5090", 32, 104.8, 210, 1792, 50),
+        _card("l4", 24, 30.3, 121, 300, 25),
+        _card("a100", 80, 19.5, 312, 2039, 25),
+        _card("h100", 80, 67, 989, 3350, 50),
+        _card("h200", 141, 67, 989, 4800, 50),
+    )
+}
+"""From NVIDIA's data sheets and architecture white papers; GeForce halves 16-bit products with fp32 accumulation."""
+
+
+def device_named(name: str) -> Device:
+    """The device `name` of `DEVICES`. Raises OptionError."""
+    key = name.lower().replace(" ", "").replace("-", "")
+    if key not in DEVICES:
+        known = ", ".join(DEVICES)
+        raise OptionError(f"there is no device {name!r}{nearest(key, list(DEVICES))} in the table: {known}.")
+    return DEVICES[key]
+
+
+@functools.cache
+def device_of(device: torch.device) -> Device:
+    """`device` of this machine: by its name in the table, with the memory that it really has."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return CPU if device.type != "cuda" else DEVICES["a100"]
+    properties = torch.cuda.get_device_properties(device)
+    label = properties.name.lower().replace(" ", "")
+    known = next((one for key, one in DEVICES.items() if key in label), DEVICES["rtx3090"])
+    link = 0.0 if properties.is_integrated else known.link
+    return Device(
+        properties.name, properties.total_memory, known.flops, known.flops16, known.bandwidth, link, known.reserve, 0.02
+    )

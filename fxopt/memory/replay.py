@@ -1,0 +1,260 @@
+"""The memory of compiled code, event by event: Inductor's wrapper is run on fake tensors, its kernels doing nothing.
+
+Python itself says then when each buffer is let go, so reuse, early deletion and aliasing need no rules of ours. Against
+the profiler's events on a CPU this is exact but for what libraries hold inside their calls.
+"""
+
+from __future__ import annotations
+
+import collections
+import itertools
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from fxopt import compat
+from fxopt.ops.registry import memory_of
+
+__all__ = ["GRADIENTS", "KEPT", "OUTPUTS", "WORKING", "Ledger", "Replay", "replay"]
+
+
+KEPT, OUTPUTS, GRADIENTS, WORKING = "kept for the backward", "outputs", "gradients", "working memory"
+
+
+@dataclass(frozen=True)
+class Event:
+    """Memory taken or let go, by which number. size: in bytes, negative when let go."""
+
+    number: int
+    size: int
+
+
+@dataclass
+class Ledger:
+    """Every allocation and release, and the bytes held now. granularity: what the allocator rounds up to."""
+
+    granularity: int = 1
+    now: int = 0
+    events: list[Event] = field(default_factory=list)
+    labels: dict[int, str] = field(default_factory=dict)
+    _numbers: dict[int, int] = field(default_factory=dict)
+
+    def add(self, value: Any) -> None:
+        """Count the memory of the tensors in `value` until the last of them is gone; what is known counts once."""
+        for storage in _storages(value):
+            if storage._cdata not in self._numbers:
+                size = -(-int(storage.nbytes()) // self.granularity) * self.granularity
+                number = len(self.events)
+                self._numbers[storage._cdata] = number
+                weakref.finalize(storage, self._release, storage._cdata, number, size)
+                self._move(number, size)
+
+    def ignore(self, value: Any) -> None:
+        """Never count the memory of `value`, which is the caller's and must live as long as this."""
+        for storage in _storages(value):
+            self._numbers.setdefault(storage._cdata, -1)
+
+    def label(self, value: Any, name: str) -> None:
+        """What the tensors in `value` are, where they have no label yet."""
+        for storage in _storages(value):
+            self.labels.setdefault(self._numbers[storage._cdata], name)
+
+    def briefly(self, size: int) -> None:
+        """`size` more bytes for a moment."""
+        number = len(self.events)
+        self._move(number, size)
+        self._move(number, -size)
+
+    def _release(self, key: int, number: int, size: int) -> None:
+        del self._numbers[key]
+        self._move(number, -size)
+
+    def _move(self, number: int, size: int) -> None:
+        self.now += size
+        self.events.append(Event(number, size))
+
+
+def _storages(value: Any) -> list[Any]:
+    return [one.untyped_storage() for one in compat.pytree.tree_leaves(value) if isinstance(one, torch.Tensor)]
+
+
+@dataclass(frozen=True)
+class Replay:
+    """Bytes in one step, without parameters and inputs: held after each event, forward and backward.
+
+    parts: bytes at the peak by what holds them.
+    """
+
+    forward: list[int]
+    backward: list[int]
+    parts: dict[str, int]
+
+    @classmethod
+    def of(cls, ledger: Ledger, turn: int) -> Replay:
+        """From `ledger`, where the backward begins with event `turn`."""
+        held = list(itertools.accumulate(event.size for event in ledger.events))
+        top = max(range(len(held)), key=held.__getitem__, default=-1)
+        parts: dict[str, int] = collections.defaultdict(int)
+        for event in ledger.events[: top + 1]:
+            parts[ledger.labels.get(event.number, WORKING)] += event.size
+        return cls(held[:turn], held[turn:], {name: size for name, size in parts.items() if size})
+
+    @property
+    def peaks(self) -> tuple[int, int]:
+        """The most in the forward and in the backward."""
+        return max(self.forward, default=0), max(self.backward, default=0)
+
+    @property
+    def peak(self) -> int:
+        """The most in the whole step."""
+        return max(self.peaks)
+
+
+def replay(forward: compat.Lowered, backward: compat.Lowered, outputs: int, granularity: int = 1) -> Replay:
+    """Replay a step. outputs: how many of the forward's results the caller gets, and holds until the end.
+
+    granularity: bytes to a multiple of which the allocator rounds. Raises what the code raises.
+    """
+    ledger = Ledger(granularity)
+    with compat.FakeTensorMode(allow_non_fake_inputs=True):
+        given = [_empty(item) for item in forward.inputs]
+        ledger.ignore(given)
+        results = _call(forward.code, list(given), ledger)
+        kept = results[:outputs]
+        ledger.label(kept, OUTPUTS)
+        ledger.label(results, KEPT)
+        turn = len(ledger.events)
+        saved = dict(zip(forward.input_names, given, strict=True))
+        saved |= dict(zip(forward.output_names[outputs:], results[outputs:], strict=True))
+        arguments = _arguments(backward, saved)
+        del results, saved  # but not what was given: memory that it let go would be taken for its own
+        ledger.add(arguments)
+        gradients = _call(backward.code, arguments, ledger)
+        ledger.label(gradients, GRADIENTS)
+        found = Replay.of(ledger, turn)
+        del kept, gradients
+    return found
+
+
+def _arguments(backward: compat.Lowered, saved: dict[str, Any]) -> list[Any]:
+    """What the backward is called with: what was saved, by its name, and new gradients of the outputs."""
+    both = zip(backward.input_names, backward.inputs, strict=True)
+    return [saved[name] if name in saved else _empty(value) for name, value in both]
+
+
+def _empty(value: Any) -> Any:
+    """A fake tensor like `value` under the mode that is on, or the number behind a symbolic one."""
+    if not isinstance(value, torch.Tensor):
+        return compat.size_hint(value)
+    sizes, strides = ([compat.size_hint(one) for one in many] for many in (value.shape, value.stride()))
+    return torch.empty_strided(sizes, strides, dtype=value.dtype, device=value.device)
+
+
+def _call(code: str, arguments: list[Any], ledger: Ledger) -> Sequence[Any]:
+    """Run the wrapper `code` on `arguments`, of which it empties the list."""
+    found: Sequence[Any] = compat.load_wrapper(code, _Doubles(ledger).names())(arguments)
+    return found
+
+
+class _Doubles:
+    """What stands in the wrapper for allocation, kernels and operators."""
+
+    def __init__(self, ledger: Ledger):
+        self.ledger = ledger
+
+    def names(self) -> dict[str, Any]:
+        """By the names that they have in the wrapper."""
+        allocators = ("cpu", "cuda", "xpu", "mtia")
+        return {
+            **{f"empty_strided_{kind}": self._allocator(kind) for kind in allocators},
+            "empty_strided_cpu_pinned": self._allocator("cpu"),
+            "empty_strided": lambda *a, **k: self.counted(torch.empty_strided(*a, **k)),
+            "reinterpret_tensor": lambda base, size, stride, offset=0: base.as_strided(size, stride, offset),
+            "assert_size_stride": _nothing,
+            "assert_alignment": _nothing,
+            "async_compile": _Kernels(),
+            "extern_kernels": _Extern(self),
+            "torch": _Torch(self),
+            "aten": _Operators(torch.ops.aten, self),
+            "inductor_ops": _Operators(torch.ops.inductor, self),
+        }
+
+    def counted(self, value: Any) -> Any:
+        """`value`, whose memory counts from now on."""
+        self.ledger.add(value)
+        return value
+
+    def run(self, operator: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """`operator`'s result; what it holds besides counts for a moment."""
+        cost = memory_of(operator, *args, **kwargs)
+        if cost is not None:
+            self.ledger.briefly(cost.outputs + cost.workspace)
+        return self.counted(operator(*args, **kwargs))
+
+    def _allocator(self, kind: str) -> Callable[..., torch.Tensor]:
+        def allocate(size: Any, stride: Any, dtype: torch.dtype) -> torch.Tensor:
+            return self.counted(torch.empty_strided(size, stride, dtype=dtype, device=kind))
+
+        return allocate
+
+
+def _nothing(*_: Any, **__: Any) -> None:
+    """A kernel."""
+
+
+class _Kernel:
+    """A compiled kernel, which is called or run, on a grid or not."""
+
+    run = staticmethod(_nothing)
+
+    def __call__(self, *_: Any, **__: Any) -> None:
+        """Do nothing."""
+
+    def __getitem__(self, _: Any) -> _Kernel:
+        return self
+
+
+class _Kernels:
+    """`async_compile`, of which every method makes a kernel."""
+
+    def __getattr__(self, name: str) -> Callable[..., _Kernel]:
+        return lambda *_, **__: _Kernel()
+
+
+class _Extern:
+    """`extern_kernels`: those that are told where to write do nothing, others allocate."""
+
+    def __init__(self, doubles: _Doubles):
+        self.doubles = doubles
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        def call(*args: Any, out: Any = None, **kwargs: Any) -> Any:
+            return out if out is not None else self.doubles.run(compat.extern_kernel(name), *args, **kwargs)
+
+        return call
+
+
+class _Operators:
+    """``torch.ops`` and all in it, down to the overload, which counts what it returns."""
+
+    def __init__(self, real: Any, doubles: _Doubles):
+        self._real, self._doubles = real, doubles
+
+    def __getattr__(self, name: str) -> Any:
+        return _Operators(getattr(self._real, name), self._doubles)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._doubles.run(self._real, *args, **kwargs)
+
+
+class _Torch:
+    """The module torch, but for its operators."""
+
+    def __init__(self, doubles: _Doubles):
+        self.ops = _Operators(torch.ops, doubles)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)

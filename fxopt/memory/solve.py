@@ -1,0 +1,319 @@
+"""The plan as a mixed-integer linear program over the whole joint graph, solved by HiGHS (through scipy).
+
+For each forward node v: x kept, r made again, o offloaded.
+
+    minimise    sum seconds_v r_v + saving_v x_v + small o_v
+    needed      x_v + r_v + o_v >= 1                 the backward reads v
+    inputs      r_v <= x_u + r_u + o_u               u is read by v, in the same block
+                r_v <= x_u + o_u                     u lies in an earlier block
+    peaks       at chosen positions of the forward and the backward: kept so far, or not yet let go, + made again and
+                alive + in flight on the link + transient + gradients so far + held by the caller <= budget
+
+The rule of blocks keeps chains of recomputations short, and makes the peak of a block one of its own variables and one
+sum over earlier blocks. After Checkmate (Jain et al., MLSys 2020), of which it needs O(n) binaries for O(n^2).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.sparse import coo_matrix
+
+from fxopt.memory.joint import NEVER, Array, Joint
+
+__all__ = ["NO_BIAS", "Peaks", "Solution", "closure", "modelled", "recompute_seconds", "solve"]
+
+MIB = 2**20
+POSITIONS = 20
+"""Backward positions a block, those with the most transient bytes; and half as many of the forward."""
+LEAST_ACROSS = 64 * 1024
+"""Smaller values may be made again for other blocks."""
+LEAST_OFFLOAD = 2 * MIB
+"""Smaller tensors are not worth a copy of their own."""
+GAP, SECONDS = 5e-3, 20.0
+"""Of the optimum, at which the solver may stop; seconds after which it must."""
+
+
+@dataclass(frozen=True)
+class Peaks:
+    """Bytes in a step, without parameters and inputs: the most in the forward and in the backward."""
+
+    forward: float
+    backward: float
+
+    @property
+    def peak(self) -> float:
+        """The most."""
+        return max(self.forward, self.backward)
+
+    def __sub__(self, other: Peaks) -> Peaks:
+        return Peaks(self.forward - other.forward, self.backward - other.backward)
+
+
+NO_BIAS = Peaks(0.0, 0.0)
+
+
+@dataclass(frozen=True)
+class Solution:
+    """kept, offloaded: of each forward node, whether. optimal: False where the solver ran out of time."""
+
+    kept: Array
+    offloaded: Array
+    optimal: bool
+
+
+def closure(joint: Joint, kept: Array) -> Array:
+    """Which nodes are made again if exactly `kept` are held: what the backward needs, and what that needs."""
+    again = joint.needed & ~kept
+    for at in reversed(range(len(kept))):
+        if again[at]:
+            for one in joint.inputs[at]:
+                again[one] |= not kept[one]
+    return again
+
+
+def recompute_seconds(joint: Joint, kept: Array) -> float:
+    """Modelled seconds that a step with `kept` spends on making values again."""
+    return float(joint.seconds[closure(joint, kept)].sum())
+
+
+def repaired(joint: Joint, kept: Array) -> Array:
+    """`kept`, and what may not be made again although the backward would need that."""
+    kept = kept.copy()
+    while len(wrong := np.flatnonzero(closure(joint, kept) & joint.banned)):
+        parts = [at for at, inputs in enumerate(joint.inputs) if joint.view[at] < 1 and set(inputs) & set(wrong)]
+        whole = [at for at in wrong if not joint.view[at]]
+        kept[whole or parts] = True
+    return kept
+
+
+class _Times:
+    """When values that are made again begin and end to live, whatever is decided: just before their first reader."""
+
+    def __init__(self, joint: Joint):
+        start = np.where(joint.needed, joint.first, NEVER)
+        end = joint.last.copy()
+        for at in reversed(range(len(start))):
+            for one in joint.inputs[at]:
+                if joint.block[one] == joint.block[at]:
+                    start[one] = min(start[one], start[at])
+                if start[at] < NEVER:
+                    end[one] = max(end[one], start[at])
+        for at in reversed(range(len(start))):  # a view's base lives as long
+            base = joint.owner[at]
+            start[base], end[base] = min(start[base], start[at]), max(end[base], end[at])
+        self.start, self.end = start, end
+
+
+class _Program:
+    """Rows of the program. Columns: kept, again and offloaded of each node, sums of kept by block, the peak."""
+
+    def __init__(self, joint: Joint, link: float, bias: Peaks):
+        self.joint, self.link, self.bias = joint, link, bias
+        self.times = _Times(joint)
+        count = len(joint.forward)
+        self.again, self.offload, self.sums = count, 2 * count, 3 * count
+        self.peak = 3 * count + joint.blocks
+        self.columns = self.peak + 1
+        self.rows, self.cols, self.values = list[int](), list[int](), list[float]()
+        self.low, self.high = list[float](), list[float]()
+        self.size, self.remade = joint.size / MIB, joint.remade / MIB
+        self.members = [np.flatnonzero(joint.block == block) for block in range(joint.blocks)]
+        self.may_offload = (joint.size >= LEAST_OFFLOAD) & ~joint.view & bool(link)
+        self.forward_rows, self.backward_rows = list[int](), list[int]()
+        self._needs()
+        self._sums()
+        self._backward_peaks()
+        self._forward_peaks()
+        if link:
+            self._link_windows()
+
+    def row(self, columns: Any, values: Any, low: float, high: float) -> None:
+        self.rows.extend([len(self.low)] * len(columns))
+        self.cols.extend(columns)
+        self.values.extend(values)
+        self.low.append(low)
+        self.high.append(high)
+
+    def peak_row(self, rows: list[int], columns: Any, values: Any, fixed: float) -> None:
+        """The sum and `fixed` bytes are at most the peak."""
+        rows.append(len(self.low))
+        self.row([*columns, self.peak], [*values, -1], -np.inf, -fixed / MIB)
+
+    def _needs(self) -> None:
+        joint = self.joint
+        for at, inputs in enumerate(joint.inputs):
+            if joint.needed[at]:
+                self.row([at, self.again + at, self.offload + at], [1, 1, 1], 1, np.inf)
+            for one in inputs:
+                if joint.block[one] < joint.block[at] and joint.size[joint.owner[one]] > 0 and not joint.forced[at]:
+                    base = joint.owner[one]
+                    self.row([self.again + at, base, self.offload + base], [-1, 1, 1], 0, np.inf)
+                self.row([self.again + at, one, self.again + one, self.offload + one], [-1, 1, 1, 1], 0, np.inf)
+
+    def _sums(self) -> None:
+        for block, members in enumerate(self.members):
+            earlier = [self.sums + block - 1] if block else []
+            self.row([self.sums + block, *members, *earlier], [1, *-self.size[members], *[-1] * len(earlier)], 0, 0)
+
+    def _backward_peaks(self) -> None:
+        joint, start, end = self.joint, self.times.start, self.times.end
+        fixed = joint.transient + joint.gradients
+        for block, members in enumerate(self.members):
+            inside = np.flatnonzero(joint.backward_block == block)
+            if not len(inside):
+                continue
+            heavy = sorted((at for at in joint.heavy if joint.backward_block[at] == block), key=lambda at: -fixed[at])
+            for at in sorted({*heavy[:POSITIONS], int(inside[0])}):
+                alive = members[(end[members] >= at) & (self.size[members] > 0)]
+                made = members[(self.remade[members] > 0) & (start[members] <= at) & (at <= end[members])]
+                columns, values = [*alive, *(self.again + made)], [*self.size[alive], *self.remade[made]]
+                loaded = alive[self.may_offload[alive]]
+                if block:
+                    next_one = self.members[block - 1]
+                    loaded = np.concatenate([loaded, next_one[self.may_offload[next_one]]])
+                    columns.append(self.sums + block - 1)
+                    values.append(1)
+                columns.extend(self.offload + loaded)
+                values.extend(self.size[loaded])
+                self.peak_row(self.backward_rows, columns, values, fixed[at] + joint.held + self.bias.backward)
+
+    def _forward_peaks(self) -> None:
+        """What is still read is alive however it is decided; what is not is if it is kept."""
+        joint = self.joint
+        until = joint.last_forward
+        fixed = forward_transient(joint)
+        for block, members in enumerate(self.members):
+            if not len(members):
+                continue
+            tops = sorted(members, key=lambda at: -fixed[at])[: POSITIONS // 2]
+            for at in sorted({*map(int, tops), int(members[-1])}):
+                done = members[(members <= at) & (self.size[members] > 0)]
+                extra = np.where(until[done] < at, self.size[done], self.size[done] - joint.written[done] / MIB)
+                columns, values = [*done], [*extra]
+                if block:
+                    columns.append(self.sums + block - 1)
+                    values.append(1)
+                flying = self.members[block - 1][self.may_offload[self.members[block - 1]]] if block else []
+                columns.extend(self.offload + np.asarray(flying, dtype=int))
+                values.extend(self.size[np.asarray(flying, dtype=int)])
+                own = done[self.may_offload[done]]
+                columns.extend(self.offload + own)
+                values.extend(self.size[own])
+                self.peak_row(self.forward_rows, columns, values, fixed[at] + self.bias.forward)
+
+    def _link_windows(self) -> None:
+        """What blocks up to b send must be gone when b + 1 is computed; what they get back, there when b begins."""
+        joint = self.joint
+        forward = np.array([joint.seconds[members].sum() for members in self.members])
+        backward = np.array(
+            [joint.backward_seconds[joint.backward_block == block].sum() for block in range(joint.blocks)]
+        )
+        sent = [members[self.may_offload[members]] for members in self.members]
+        for block in range(joint.blocks - 1):
+            for part, seconds in (
+                (sent[: block + 1], forward[: block + 2].sum()),
+                (sent[block:], backward[block + 1 :].sum()),
+            ):
+                chosen = np.concatenate(part)
+                self.row(self.offload + chosen, self.size[chosen], -np.inf, self.link * seconds / MIB)
+
+
+def forward_transient(joint: Joint) -> Array:
+    """Bytes at each forward position that are alive for the forward itself, with what the caller will hold so far."""
+    change = np.zeros(len(joint.forward) + 1)
+    for at, until in enumerate(joint.last_forward):
+        change[at] += joint.written[at]
+        change[until + 1] -= joint.written[at]
+    return np.cumsum(change)[:-1] + joint.held_so_far
+
+
+def solve(
+    joint: Joint, budget: float | None, bias: Peaks = NO_BIAS, link: float = 0.0, seconds: float = SECONDS
+) -> Solution | None:
+    """The cheapest plan whose peak is at most `budget` bytes; None: there is none.
+
+    budget: None asks for the lowest peak. bias: bytes by which the measured peaks exceed the modelled ones.
+    link: bytes a second for offloading, each way; 0 for none.
+    """
+    program = _Program(joint, link, bias)
+    costs = _lowest_peak(program) if budget is None else _costs(program)
+    found = _run(program, costs, budget, seconds, whole=True)
+    if found.x is None and found.status == 2:  # infeasible
+        return None
+    optimal = found.x is not None
+    if not optimal and (found := _run(program, costs, budget, seconds, whole=False)).x is None:
+        return None
+    count = len(joint.forward)
+    kept, offloaded = found.x[:count] > 0.5, found.x[2 * count : 3 * count] > 0.5
+    return Solution(repaired(joint, kept | offloaded) & ~offloaded, offloaded, optimal)
+
+
+def _costs(program: _Program) -> Array:
+    """Seconds, scaled: the solver's tolerances are absolute."""
+    joint, costs = program.joint, np.zeros(program.columns)
+    count = len(joint.forward)
+    costs[:count] = joint.saving
+    costs[program.again : program.again + count] = joint.seconds
+    costs[program.offload : program.offload + count] = 1.5 * joint.saving
+    return 1e3 * costs / max(joint.seconds.sum(), 1e-12)
+
+
+def _lowest_peak(program: _Program) -> Array:
+    """The peak, and by very little the costs, so that of plans with the same peak it is the cheapest."""
+    costs = 1e-6 * _costs(program)
+    costs[program.peak] = 1.0
+    return costs
+
+
+def _run(program: _Program, costs: Array, budget: float | None, seconds: float, whole: bool) -> Any:
+    joint, count = program.joint, len(program.joint.forward)
+    high = np.ones(program.columns)
+    high[program.sums :] = np.inf
+    if budget is not None:
+        high[program.peak] = max(budget, 0) / MIB
+    crosses = np.array([_reader_is_elsewhere(joint, at) for at in range(count)])
+    high[:count][joint.view | joint.forced] = 0
+    high[program.again : program.again + count][joint.banned | crosses] = 0
+    high[program.offload : program.offload + count] = program.may_offload & ~joint.forced
+    whole_numbers = np.zeros(program.columns)
+    if whole:
+        whole_numbers[:count] = ~joint.view
+        whole_numbers[program.again : program.again + count] = joint.seconds > 0
+        whole_numbers[program.offload : program.offload + count] = program.may_offload
+    shape = (len(program.low), program.columns)
+    matrix = coo_matrix((program.values, (program.rows, program.cols)), shape=shape).tocsr()
+    return milp(
+        costs,
+        constraints=LinearConstraint(matrix, program.low, program.high),
+        bounds=Bounds(np.zeros(program.columns), high),
+        integrality=whole_numbers,
+        options={"mip_rel_gap": GAP, "time_limit": seconds},
+    )
+
+
+def _reader_is_elsewhere(joint: Joint, at: int) -> bool:
+    """Whether the backward of another block reads a value, of some size, that would have to be made for it alone."""
+    if not joint.needed[at] or joint.size[at] < LEAST_ACROSS or joint.forced[at]:
+        return False
+    return bool(joint.backward_block[joint.first[at]] != joint.block[at])
+
+
+def modelled(joint: Joint, solution: Solution, link: float = 0.0) -> Peaks:
+    """The peaks of `solution` as the program has them."""
+    program = _Program(joint, link, NO_BIAS)
+    count = len(joint.forward)
+    columns = np.zeros(program.columns)
+    columns[:count], columns[2 * count : 3 * count] = solution.kept, solution.offloaded
+    columns[count : 2 * count] = closure(joint, solution.kept | solution.offloaded)
+    for block, members in enumerate(program.members):
+        own = float((program.size[members] * solution.kept[members]).sum())
+        columns[program.sums + block] = own + (columns[program.sums + block - 1] if block else 0.0)
+    matrix = coo_matrix((program.values, (program.rows, program.cols)), shape=(len(program.low), program.columns))
+    sums = matrix.tocsr() @ columns - np.array(program.high)
+    forward = max((sums[at] for at in program.forward_rows), default=0.0)
+    backward = max((sums[at] for at in program.backward_rows), default=0.0)
+    return Peaks(MIB * forward, MIB * backward)

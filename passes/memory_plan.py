@@ -1,0 +1,250 @@
+"""The memory plan: which forward values the backward finds kept, and which it makes again.
+
+Torch calls `MemoryPlan` with each joint graph that it is about to cut in two. Without a budget its own min-cut choice
+stands; with one, it stands if it fits. Objections to making a value again: random numbers, effects, what the user's
+checkpoint keeps, and what another block's backward reads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxopt import compat
+from fxopt.errors import BudgetError
+from fxopt.fake import value_of
+from fxopt.kernels.source import cache_directory, write_whole
+from fxopt.memory import describe
+from fxopt.memory.joint import Joint, read
+from fxopt.memory.plan import Plan
+from fxopt.memory.planner import Decision, Infeasible, decide
+from fxopt.memory.rates import device_of
+from fxopt.memory.replay import Replay, replay
+from fxopt.memory.request import Request
+from fxopt.memory.resident import found_optimizer, inputs_of, optimizer_bytes, resident_bytes
+from fxopt.memory.solve import Solution
+from fxopt.memory.units import show_bytes
+from fxopt.version import VERSION
+
+__all__ = ["MemoryPlan", "Planning", "planning"]
+
+CUDA_GRANULARITY = 512
+"""What CUDA's caching allocator rounds to (c10/cuda/CUDACachingAllocator.cpp, kMinBlockSize)."""
+ASSUMED_OPTIMIZER = "adamw"
+
+
+class MemoryPlan(compat.partitioner_class()):  # type: ignore[misc]
+    """The partitioner of one compilation. It is pickled into cache keys, so all it holds is a name of its own."""
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def __call__(self, gm: fx.GraphModule, joint_inputs: Any, **how: Any) -> Any:
+        """(forward, backward) graph modules."""
+        return _OPEN[self.name].partition(gm, joint_inputs, how)
+
+    def uuid(self) -> str:
+        """What it adds to the keys of torch's caches."""
+        return f"fxopt memory plan {self.name}"
+
+
+_OPEN: dict[str, Planning] = {}
+"""Those under way, by the name of the plan."""
+
+
+class Planning:
+    """The planning of one graph, for which torch asks, or not where it remembers the compiled graph.
+
+    plan: what was planned, now or when the graph was compiled that torch remembers; None before, and for a graph
+    without a backward.
+    """
+
+    def __init__(self, key: str, request: Request, device: torch.device):
+        self.key, self.request, self.device = key, request, device
+        self.remembered = _recall(key)
+        self.plan = self.remembered.plan if self.remembered is not None else None
+        self.error: Exception | None = None
+        # A plan that is lost must be made again, so torch may not remember what was compiled by it.
+        made = self.remembered.made if self.remembered is not None else uuid.uuid4().hex
+        self.made, self.partitioner = made, MemoryPlan(f"{key} {made}")
+
+    def partition(self, gm: fx.GraphModule, inputs: Any, how: dict[str, Any]) -> Any:
+        """Cut `gm` by the plan. What is raised is in `error` too: torch would dress it as its own."""
+        try:
+            return self._partition(gm, inputs, how)
+        except Exception as error:
+            self.error = error
+            raise
+
+    def _partition(self, gm: fx.GraphModule, inputs: Any, how: dict[str, Any]) -> Any:
+        cut = _Cut(gm, inputs, how, self.device)
+        if self.remembered is not None and self.remembered.fits(cut.joint):
+            return cut.by(self.remembered.kept)
+        self.plan, kept = self._planned(cut)
+        _remember(self.key, _Remembered(self.made, self.plan, kept))
+        return cut.by(kept)
+
+    def _planned(self, cut: _Cut) -> tuple[Plan, list[str] | None]:
+        """The plan, and the names of what it keeps; None for torch's own choice."""
+        request, known, notes = self.request, device_of(self.device), list[str]()
+        budget = request.budget.on(self.device, known)
+        optimizer = request.optimizer if request.optimizer is not None else found_optimizer(cut.trained_shapes)
+        if optimizer is None:
+            optimizer = ASSUMED_OPTIMIZER
+            notes.append(f"no optimizer was found and none was named: {optimizer} is counted (option optimizer)")
+        state = optimizer_bytes(optimizer, cut.inputs)
+        resident = resident_bytes(cut.inputs, state, request.accumulation, known)
+        rest = budget - sum(resident.values()) - known.margin * budget
+        decision = self._decided(cut, rest, resident, budget, notes)
+        kept = None if decision.solution is None else cut.names(decision.solution)
+        plan = describe.plan_of(cut.joint, decision, cut.stock, budget, resident, notes)
+        return plan, kept
+
+    def _decided(self, cut: _Cut, rest: float, resident: dict[str, int], budget: int, notes: list[str]) -> Decision:
+        """Raises BudgetError, unless ``infeasible="minimum"``."""
+        try:
+            return decide(cut.joint, cut.stock, rest, cut.replayed)
+        except Infeasible as none:
+            lowest = none.lowest
+            minimum = int(budget - rest) + lowest.replay.peak
+            if self.request.infeasible == "minimum":
+                notes.append(f"no plan fits {show_bytes(budget)}: this is the one with the lowest peak there is")
+                return lowest
+            raise BudgetError(describe.infeasible(budget, minimum, resident, lowest), minimum) from None
+
+
+def _stock(_: fx.Graph, __: Any, stock: Callable[[], Any]) -> Any:
+    return stock()
+
+
+class _Cut:
+    """A joint graph, read, and what comes of cutting it one way or another."""
+
+    def __init__(self, gm: fx.GraphModule, inputs: Any, how: dict[str, Any], device: torch.device):
+        self.gm, self.joint_inputs, self.how, self.device = gm, inputs, how, device
+        self.outputs: int = how["num_fwd_outputs"]
+        compat.partition(gm, inputs, self._read, **how)
+
+    def _read(self, graph: fx.Graph, info: Any, stock: Callable[[], Any]) -> Any:
+        chosen = stock()
+        known = device_of(self.device)
+        self.joint: Joint = read(graph, info.is_required_fw, self.outputs, known)
+        self.stock = self.joint.mask(chosen)
+        self.inputs, self.trained_shapes = inputs_of(graph, info.static_lifetime_input_nodes, self.outputs)
+        return chosen
+
+    def names(self, solution: Solution) -> list[str]:
+        """Of the nodes that `solution` keeps."""
+        return [node.name for node, kept in zip(self.joint.forward, solution.kept, strict=True) if kept]
+
+    def by(self, kept: Sequence[str] | None) -> Any:
+        """(forward, backward) with exactly `kept` saved; None: torch's own choice."""
+        if kept is None:
+            return compat.partition(self.gm, self.joint_inputs, _stock, **self.how)
+        wanted = set(kept)
+
+        def choose(graph: fx.Graph, info: Any, _: Callable[[], Any]) -> list[fx.Node]:
+            """And every input and symbolic number: torch leaves out what the backward turns out not to read."""
+            chosen = [
+                node
+                for node in graph.nodes
+                if node.name in wanted
+                or (info.is_required_fw(node) and (compat.is_symbolic(node) or compat.is_opaque(node)))
+            ]
+            return list(dict.fromkeys([*info.inputs, *chosen]))
+
+        return compat.partition(self.gm, self.joint_inputs, choose, **self.how)
+
+    def replayed(self, solution: Solution | None) -> Replay:
+        """The memory of the code that `solution` comes to."""
+        forward, backward = self.by(None if solution is None else self.names(solution))
+        static = list(self.how.get("static_lifetime_input_indices") or ())
+        granularity = CUDA_GRANULARITY if self.device.type == "cuda" else 1
+        lowered = compat.lower(forward, False, static), compat.lower(backward, True)
+        return replay(*lowered, self.outputs, granularity)
+
+
+# --- remembering: on a hit in torch's caches nobody asks for a plan, and the report must not be lost ----------------
+
+
+def _path(key: str) -> Any:
+    return cache_directory() / "plans" / f"{key}.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Remembered:
+    """made: a name for this plan, of which no two are alike. kept: see `_Cut.by`."""
+
+    made: str
+    plan: Plan
+    kept: list[str] | None
+
+    def fits(self, joint: Joint) -> bool:
+        """Whether the nodes that it keeps are there."""
+        return {node.name for node in joint.forward} >= set(self.kept or ())
+
+
+def _remember(key: str, found: _Remembered) -> None:
+    with contextlib.suppress(OSError):
+        write_whole(_path(key), json.dumps(dataclasses.asdict(found)))
+
+
+def _recall(key: str) -> _Remembered | None:
+    try:
+        data = json.loads(_path(key).read_text())
+        return _Remembered(str(data["made"]), Plan.from_json(data["plan"]), data["kept"])
+    except (OSError, ValueError, TypeError, KeyError):  # none, or a file that somebody broke
+        return None
+
+
+def _key(gm: fx.GraphModule, request: Request, device: torch.device, options: str) -> str:
+    parts = [VERSION, torch.__version__, repr(request), repr(device_of(device)), options]
+    for module in gm.modules():
+        if isinstance(module, fx.GraphModule):
+            parts.append(module.code)
+            values = [value_of(node) for node in module.graph.find_nodes(op="placeholder")]
+            parts += [_described(value) for value in values]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:24]
+
+
+def _described(value: Any) -> str:
+    if not isinstance(value, torch.Tensor):
+        return str(value)
+    shape, stride = tuple(value.shape), value.stride()
+    return f"{shape} {stride} {value.dtype} {value.device} {value.requires_grad}"
+
+
+@contextlib.contextmanager
+def planning(gm: fx.GraphModule, request: Request, options: str) -> Iterator[Planning]:
+    """Within, `Planning.partitioner` plans the compilation of `gm`.
+
+    options: all else that the code depends on. Raises OptionError for a budget that the device cannot have; what
+    planning raises is raised as it is, BudgetError among it.
+    """
+    device = _device_of(gm)
+    request.budget.on(device, device_of(device))  # a mistake is an error before anything is traced
+    found = Planning(_key(gm, request, device, options), request, device)
+    _OPEN[found.partitioner.name] = found
+    try:
+        yield found
+    except Exception:
+        if found.error is not None:
+            raise found.error from None
+        raise
+    finally:
+        del _OPEN[found.partitioner.name]
+
+
+def _device_of(gm: fx.GraphModule) -> torch.device:
+    """Of the largest input."""
+    tensors = [value_of(node) for node in gm.graph.find_nodes(op="placeholder")]
+    known = [one for one in tensors if isinstance(one, torch.Tensor)]
+    return max(known, key=lambda one: one.dim()).device if known else torch.device("cpu")
