@@ -2,7 +2,7 @@
 
 ``residual + linear(x, w, b)`` is ``residual + (linear(x, w) + b)``: the bias needs no copy in 16 bits, and its
 gradient, the sum of the residual's over rows, is not rounded on the way. The sum costs nothing where Inductor fuses it
-with the one that reads it: on a CPU. On a card fxopt's norm reads the product as it is written, bias and all in 16 bits.
+with the one that reads it: on a CPU. On a card fxopt's norm reads what the product writes, in 16 bits, bias and all.
 """
 
 from __future__ import annotations
