@@ -11,7 +11,7 @@ import sys
 from typing import Any
 
 from measure import RESULTS, ROOT, busy_warning, machine_line
-from precision import AUTOCAST, FP32, OURS, TARGETS, curve_summary, mean_error
+from precision import AUTOCAST, FP32, OURS, TARGETS, curve_summary, error_cells
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 
@@ -102,8 +102,7 @@ def precision_text() -> str:
         "",
         *casts_table(result["casts"]),
         "",
-        "Relative error against fp64 under Inductor: of all gradients together (geometric mean over "
-        f"{len(next(iter(result['errors'].values()))['fxopt'])} seeds) and of the loss (root mean square):",
+        errors_line(result["errors"]),
         "",
         *errors_table(result["errors"]),
         "",
@@ -140,15 +139,22 @@ def casts_table(found: dict[str, Any]) -> list[str]:
     return lines
 
 
+def errors_line(found: dict[str, Any]) -> str:
+    """Return in a sentence what the table of errors shows, with how many seeds there were of each."""
+    each = next(iter(found.values()))["fxopt"]
+    seeds = {what: sum(what in one for one in each) for what in ("gradients", "loss")}
+    return (
+        "Relative error against fp64 under Inductor: of all gradients together (geometric mean over "
+        f"{seeds['gradients']} seeds) and of the loss (root mean square over {seeds['loss']}). In brackets the ratio "
+        "to autocast's and its 95 % interval (bootstrap over seeds):"
+    )
+
+
 def errors_table(found: dict[str, Any]) -> list[str]:
     """Return errors by model in Markdown, fxopt's with its ratio to autocast's."""
     lines = ["| model | gradients, autocast | fxopt | loss, autocast | fxopt |", "|---|--:|--:|--:|--:|"]
     for name, one in found.items():
-        cells = []
-        for what in ("gradients", "loss"):
-            base, ours = (mean_error(one[who], what) for who in ("autocast", "fxopt"))
-            cells += [f"{base:.2e}", f"{ours:.2e} ({ours / base:.2f}x)"]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
+        lines.append(f"| {name} | {' | '.join(error_cells(one))} |")
     return lines
 
 

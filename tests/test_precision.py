@@ -385,6 +385,57 @@ def test_a_cast_stays_below_what_takes_a_part() -> None:
     assert sorted(cast.bytes for cast in casts_to_bf16(found)) == [12, 20]
 
 
+def summed(residual: Tensor, x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    return residual + F.linear(x, w, b).view(3, 4)
+
+
+def test_a_bias_is_added_in_fp32_where_a_sum_in_fp32_reads_it() -> None:
+    """No cast of it, none of its gradient; the product alone is rounded."""
+    torch.manual_seed(0)
+    given = {"residual": torch.randn(3, 4), "x": torch.randn(3, 5), "w": torch.randn(4, 5), "b": torch.randn(4)}
+    given = {name: one.requires_grad_() for name, one in given.items()}
+    found, stages = run(summed, **given)
+    (product,) = stages.nodes(aten.linear.default)
+    assert len(product.args) == 2
+    assert dtypes_in(product) == [BF16, BF16]
+    assert {cast.bytes for cast in stages.report.casts} == {2 * 15, 2 * 20}
+    upstream = torch.randn(3, 4)
+    found.backward(upstream)
+    assert given["b"].grad is not None
+    assert torch.equal(given["b"].grad, upstream.sum(0))
+    x, w = (given[name].detach().bfloat16() for name in "xw")
+    assert torch.equal(found, given["residual"] + ((x @ w.t()).float() + given["b"]))
+    assert "one a use, as autocast makes them, 3 would write" in stages.report.notes[-1]
+
+
+@pytest.mark.parametrize(
+    ("function", "given_policy"),
+    [
+        (lambda residual, x, w, b: residual + F.silu(F.linear(x, w, b)), "bf16"),  # not read as it is
+        (lambda residual, x, w, b: F.linear(x, w, b), "bf16"),
+        (lambda residual, x, w, b: residual[0] + F.linear(x, w, b), "bf16"),  # not of its size: no residual stream
+        (lambda residual, x, w, b: residual + torch.addmm(b, x, w.t(), beta=0.5), "bf16"),
+        (lambda residual, x, w, b: (y := F.linear(x, w, b)) + y, "bf16"),
+        (lambda residual, x, w, b: F.linear(x, w) + F.linear(x, w, b), "bf16"),  # a sum in 16 bits
+        (summed, {"compute": "bf16", "residual": "bf16"}),
+    ],
+)
+def test_a_bias_of_other_products_stays_with_them(function: Callable[..., Tensor], given_policy: Any) -> None:
+    shapes = {"residual": (3, 4), "x": (3, 5), "w": (4, 5), "b": (4,)}
+    found = apply(function, given_policy, **{name: torch.randn(shape) for name, shape in shapes.items()})
+    assert 8 in {cast.bytes for cast in casts_to_bf16(found)}  # four numbers of the bias
+
+
+def test_gpt2_has_fewer_casts_than_one_a_use() -> None:
+    """Two of four biases a layer, forward and backward; its addmm by way of a view, under dropout too."""
+    stages = check_model("gpt2")
+    biases = [cast for cast in stages.report.casts if cast.source.endswith("bias_")]
+    sums = [node for node in stages.nodes(aten.mm.default) if value_of(node).dtype == BF16]
+    assert len(sums) == len(biases) == 2 * 2
+    dropped = run(lambda r, x, w, b: r + F.dropout(torch.addmm(b, x, w), 0.5), *(torch.randn(4, 4),) * 3, torch.ones(4))
+    assert len(dropped[1].nodes(aten.mm.default)) == 1
+
+
 def test_only_exact_pairs_of_casts_go() -> None:
     """bf16 -> fp32 -> bf16 is nothing; fp32 -> bf16 -> fp32 rounds, and stays."""
 

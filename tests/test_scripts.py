@@ -11,6 +11,7 @@ from types import ModuleType
 import cases
 import measure
 import memory
+import precision
 import pytest
 import readme
 import step
@@ -117,6 +118,23 @@ def test_readme_shows_targets_of_fxopt_only() -> None:
     assert readme.step_table({"cases": {"one": measured}})[2:] == [
         "| a model | inductor | 100 | 30 | 9.0 |",
         "|  | fxopt | 100 (1.20x, target 1.00x) | 30 (0.30x, target 0.40x) | 9.0 (0.90x, target 1.10x) |",
+    ]
+
+
+def test_the_interval_of_an_error_ratio_is_of_pairs() -> None:
+    """fxopt is 1.1 times as far off at every seed, however seeds differ; losses alone count for losses alone."""
+    draws = [{"gradients": error, "loss": error} for error in (1e-3, 5e-2, 2e-4, 7e-3)] + [{"loss": 3e-3}]
+    worse = [{what: 1.1 * error for what, error in one.items()} for one in draws]
+    for what in ("gradients", "loss"):
+        ratio = precision.error_ratio({"autocast": draws, "fxopt": worse}, what)
+        assert str(ratio) == "1.10x, 1.10 to 1.10"
+    noise = [{"gradients": one["gradients"] * factor, "loss": one["loss"]}
+             for one, factor in zip(draws[:4], (0.5, 2.0, 3.0, 0.5), strict=True)]  # fmt: skip
+    ratio = precision.error_ratio({"autocast": draws[:4], "fxopt": noise}, "gradients")
+    assert ratio.low < 1 < ratio.value < ratio.high
+    results = {"errors": {"one": {"autocast": draws, "fxopt": worse}, "two": {"autocast": draws[:4], "fxopt": noise}}}
+    assert precision.problems(results) == [
+        f"one: error of {what} is 1.10x, 1.10 to 1.10 autocast's" for what in ("gradients", "loss")
     ]
 
 

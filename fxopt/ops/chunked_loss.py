@@ -102,9 +102,9 @@ class _Chunks:
         self.rows, self.wanted, self.dtype = rows, wanted, accumulate_dtype(weight.dtype)
         passing = rows.hidden.shape[0] if argmax else len(rows)
         self.step = chunk_rows(passing, weight.shape[0], weight.dtype, least_rows(weight, wanted.weight))
-        self.products = products_for(weight, bias, self.step, wanted.weight)
-        self.logits = kind(rows, weight.shape[0], self.step, spec, bool(wanted), wanted.bias, argmax, upstream)
         self.factor = self._factor(spec)
+        self.products = products_for(weight, bias, self.step, wanted.weight, self.factor)
+        self.logits = kind(rows, weight.shape[0], self.step, spec, bool(wanted), wanted.bias, argmax, upstream)
         waiting = gradient_dtype(weight.dtype)
         self.hidden = torch.zeros(rows.hidden.shape, dtype=waiting, device=weight.device) if wanted.hidden else None
 
@@ -115,7 +115,7 @@ class _Chunks:
         self.logits.turn(logits, chunk)
         self.products.accumulate(logits, x)
         if self.hidden is not None:
-            gradient = self.products.times_weight(logits).to(self.dtype) * self.factor
+            gradient = self.products.times_weight(logits)
             self.rows.put(gradient.to(self.hidden.dtype), chunk, self.hidden)
 
     def choose(self, positions: Tensor) -> None:
@@ -128,7 +128,7 @@ class _Chunks:
         waiting, weight, bias = gradient_dtype(self.rows.hidden.dtype), None, self.logits.bias
         self.logits.free()
         if self.wanted.weight:
-            weight = self.products.weight_gradient(self.factor)
+            weight = self.products.weight_gradient()
         if bias is not None:
             bias = (bias * self.factor).to(waiting)
         return LossAndGradients(self.logits.losses, self.rows.count, self.hidden, weight, bias, self.logits.argmax)

@@ -147,9 +147,9 @@ def _backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | Non
     if ctx.call.waits:
         gradients = BACKWARD(upstream, *ctx.saved_tensors, *ctx.constants)
     else:
-        rows = upstream[:, None] if upstream.dim() else upstream
-        # Widened first: a scalar tensor would be rounded to bf16 before it multiplies a bf16 tensor.
-        gradients = [one.to(upstream.dtype) * rows if one.numel() else one for one in ctx.saved_tensors]
+        # With an axis, fp32 makes the product fp32; a scalar tensor would be rounded to bf16 before it multiplies bf16.
+        rows = upstream[:, None] if upstream.dim() else upstream[None]
+        gradients = [one * rows if one.numel() else one for one in ctx.saved_tensors]
     by_input = [one.to(ctx.dtype) if want else None for one, want in zip(gradients, ctx.call.wanted.flags, strict=True)]
     return (*by_input, *(None,) * _OTHERS)
 

@@ -31,15 +31,17 @@ class AtenProducts:
     """By `aten.mm`, for every device and dtype. The logits are in one buffer that all chunks share.
 
     weight: [V, H] of any strides; bias: [V] or None, of weight's dtype; rows: the most rows of a chunk; accumulates:
-    whether the weight's gradient is wanted. It is summed in fp32 (fp64 for fp64). Where it is rounded to bf16 in the
-    end, its memory holds the logits until then.
+    whether the weight's gradient is wanted; factor: what multiplies the gradients. The weight's is summed in fp32 (fp64
+    for fp64). Where it is rounded to bf16 in the end, its memory holds the logits until then.
     """
 
     PIECE_BYTES = 2 * 2**20
     """Most bytes of d.T @ x that wait to be added to the accumulator: they stay in a core's cache."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, rows: int, accumulates: bool):
-        self.weight, self.bias, vocabulary = weight, bias, weight.shape[0]
+    def __init__(
+        self, weight: Tensor, bias: Tensor | None, rows: int, accumulates: bool, factor: float | Tensor = 1.0
+    ):  # fmt: skip
+        self.weight, self.bias, self.factor, vocabulary = weight, bias, factor, weight.shape[0]
         wide, dtype = accumulate_dtype(weight.dtype), gradient_dtype(weight.dtype)
         self.accumulator = torch.zeros_like(weight, dtype=wide) if accumulates else None
         self.result = torch.empty_like(weight, dtype=dtype) if accumulates and dtype != wide else None
@@ -60,30 +62,23 @@ class AtenProducts:
         return torch.addmm(self.bias, x, self.weight.t(), out=out)
 
     def times_weight(self, d: Tensor) -> Tensor:
-        """``d @ weight``, [C, V] -> new [C, H], in d's dtype or wider."""
-        if d.is_cuda and d.dtype != accumulate_dtype(d.dtype):
-            return torch.mm(d, self.weight, out_dtype=torch.float32)
-        return torch.mm(d, self.weight)
+        """``factor * d @ weight``, [C, V] -> new [C, H], in d's dtype or wider."""
+        wide = accumulate_dtype(d.dtype)
+        if d.is_cuda and d.dtype != wide:
+            return torch.mm(d, self.weight, out_dtype=torch.float32) * self.factor
+        return torch.mm(d, self.weight).to(wide) * self.factor
 
     def accumulate(self, d: Tensor, x: Tensor) -> None:
         """Add ``d.T @ x`` to the accumulator, if there is one: d [C, V], x [C, H]."""
-        total = self.accumulator
-        if total is None:
-            return
-        if d.dtype == total.dtype or d.is_cuda:
-            add_product(total, d.t(), x)
-            return
-        for piece in slices(d.shape[1], self.piece(self.weight)):
-            part = d[:, piece].t()
-            if d.dtype == torch.float16:  # partial sums can pass 65504, and few CPUs multiply fp16 faster than fp32
-                total[piece].addmm_(part.to(total.dtype), x.to(total.dtype))
-            else:
-                total[piece].add_(torch.mm(part, x))
+        if self.accumulator is not None:
+            add_product(self.accumulator, d.t(), x)
 
-    def weight_gradient(self, factor: float | Tensor) -> Tensor:
-        """``factor * accumulator`` in `gradient_dtype`, rounded once, [V, H] in weight's layout. Comes last, once."""
+    def weight_gradient(self) -> Tensor:
+        """``factor`` times the sum, in `gradient_dtype`, rounded once, [V, H] in weight's layout. Comes last, once."""
         assert self.accumulator is not None
-        total = self.accumulator.mul_(factor)
+        return self._rounded(self.accumulator.mul_(self.factor))
+
+    def _rounded(self, total: Tensor) -> Tensor:
         return total if self.result is None else self.result.copy_(total)  # `mul(out=)` would widen a copy of it
 
     @classmethod
@@ -96,6 +91,30 @@ class AtenProducts:
         summed = weight.numel() * torch.float32.itemsize if narrow else 0
         piece = min(cls.PIECE_BYTES, weight.nbytes) * 3  # as it is, and in fp32 as it is added
         return summed + (0 if narrow and rows <= weight.shape[1] else logits) + piece
+
+
+class RoundedProducts(AtenProducts):
+    """For bf16 on a CPU, whose products are rounded as they are written: the factor multiplies their sums before that.
+
+    Rounded first and multiplied by 1 / 500 they would be rounded twice, and all gradients of a model come from them: of
+    the 4-layer Llama of bench/small_models.py, each weight's had 1.02x the error.
+    """
+
+    def times_weight(self, d: Tensor) -> Tensor:
+        return self._scaled(d, self.weight)
+
+    def accumulate(self, d: Tensor, x: Tensor) -> None:
+        """Add ``factor * d.T @ x``."""
+        if self.accumulator is not None:
+            for piece in slices(d.shape[1], self.piece(self.weight)):
+                self.accumulator[piece].add_(self._scaled(d[:, piece].t(), x))
+
+    def weight_gradient(self) -> Tensor:
+        assert self.accumulator is not None
+        return self._rounded(self.accumulator)
+
+    def _scaled(self, a: Tensor, b: Tensor) -> Tensor:
+        return torch.addmm(a.new_zeros(()), a, b, beta=0, alpha=float(self.factor))
 
 
 class HalfProducts(AtenProducts):
@@ -112,7 +131,13 @@ class HalfProducts(AtenProducts):
         out = d.new_zeros(d.shape[0], self.weight.shape[1], dtype=torch.float32)
         for piece in slices(self.weight.shape[0], self.piece(self.weight)):
             out.addmm_(d[:, piece].float(), self.weight[piece].float())
-        return out
+        return out.mul_(self.factor)
+
+    def accumulate(self, d: Tensor, x: Tensor) -> None:
+        if self.accumulator is not None:  # in fp32: partial sums can pass 65504
+            wide = x.float()
+            for piece in slices(d.shape[1], self.piece(self.weight)):
+                self.accumulator[piece].addmm_(d[:, piece].t().float(), wide)
 
     @classmethod
     def held_bytes(cls, weight: Tensor, rows: int, accumulates: bool) -> int:
@@ -125,9 +150,11 @@ class OneDnnProducts(AtenProducts):
 
     PIECE_BYTES = 16 * 2**20
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, rows: int, accumulates: bool):
+    def __init__(
+        self, weight: Tensor, bias: Tensor | None, rows: int, accumulates: bool, factor: float | Tensor = 1.0
+    ):  # fmt: skip
         dense = weight.is_contiguous() or weight.t().is_contiguous()
-        super().__init__(weight if dense else weight.contiguous(), bias, rows=0, accumulates=False)
+        super().__init__(weight if dense else weight.contiguous(), bias, 0, False, factor)
         self.like = weight
         self.accumulator = weight.new_zeros(weight.shape[1], weight.shape[0]).t() if accumulates else None
 
@@ -140,7 +167,7 @@ class OneDnnProducts(AtenProducts):
         return onednn_linear(x, self.weight, self.bias)
 
     def times_weight(self, d: Tensor) -> Tensor:
-        return onednn_linear(d, self.weight.t())
+        return onednn_linear(d, self.weight.t()).mul_(self.factor)
 
     def accumulate(self, d: Tensor, x: Tensor) -> None:
         if self.accumulator is None:
@@ -149,9 +176,9 @@ class OneDnnProducts(AtenProducts):
         for piece in slices(x.shape[1], self.piece(self.weight)):
             total[piece].add_(onednn_linear(columns[piece], d.t()))
 
-    def weight_gradient(self, factor: float | Tensor) -> Tensor:
+    def weight_gradient(self) -> Tensor:
         assert self.accumulator is not None
-        total = self.accumulator.mul_(factor)
+        total = self.accumulator.mul_(self.factor)
         return total if self.like.t().is_contiguous() else torch.empty_like(self.like).copy_(total)
 
     @classmethod
@@ -173,12 +200,14 @@ def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
         total.addmm_(a.to(total.dtype), b.to(total.dtype))
 
 
-def products_for(weight: Tensor, bias: Tensor | None, rows: int, accumulates: bool) -> AtenProducts:
-    """The fastest kind for weight's dtype and device; arguments as of `AtenProducts`.
+def products_for(
+    weight: Tensor, bias: Tensor | None, rows: int, accumulates: bool, factor: float | Tensor
+) -> AtenProducts:
+    """The fastest kind for weight's dtype and device, and the most exact; arguments as of `AtenProducts`.
 
     The choice hangs on nothing that changes from run to run, so that results repeat bit for bit.
     """
-    return _kind(weight)(weight, bias, rows, accumulates)
+    return _kind(weight)(weight, bias, rows, accumulates, factor)
 
 
 def held_bytes(weight: Tensor, rows: int, accumulates: bool) -> int:
@@ -189,8 +218,9 @@ def held_bytes(weight: Tensor, rows: int, accumulates: bool) -> int:
 def _kind(weight: Tensor) -> type[AtenProducts]:
     if weight.device.type not in ("cpu", "meta") or not weight.numel():
         return AtenProducts
-    if weight.dtype == torch.float16:
-        return HalfProducts
+    narrow = {torch.float16: HalfProducts, torch.bfloat16: RoundedProducts}
+    if weight.dtype in narrow:
+        return narrow[weight.dtype]
     fast = has_onednn() and torch.backends.cpu.get_cpu_capability() == "AVX512"
     return OneDnnProducts if fast and weight.dtype == torch.float32 else AtenProducts
 

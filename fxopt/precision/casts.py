@@ -100,6 +100,10 @@ class Casts:
         self.asked.append((node, dtype))
         return self.placed(node, dtype, reason, reader)
 
+    def spare(self, node: fx.Node, dtype: torch.dtype) -> None:
+        """Count a cast that autocast would make of `node`, and this graph does without."""
+        self.asked.append((node, dtype))
+
     def before_widening(self, node: fx.Node, dtype: torch.dtype) -> fx.Node | None:
         """What `node` widened, if that has `dtype`: the pair of casts changes nothing, nor does its derivative."""
         if node.target is not aten.to.dtype or len(node.args) != 2 or node.kwargs:
@@ -158,7 +162,7 @@ class Casts:
         return made
 
     def bytes_one_by_one(self) -> tuple[int, int]:
-        """Number and bytes of the casts asked for, if each use had one of its own, but a parameter one for all.
+        """Number and bytes of the casts asked for or spared, if each use had its own, but a parameter one for all.
 
         That is what autocast does (its cache holds casts of leaves that want gradients) to a graph of these dtypes.
         """

@@ -17,6 +17,7 @@ from torch import Tensor, fx
 from fxopt import compat
 from fxopt.effects import mutated_storages, mutates, storages_of
 from fxopt.fake import arguments, bound_arguments, value_of
+from fxopt.precision.biases import Apart, apart
 from fxopt.precision.casts import MARK, Casts, dtype_name, is_float, is_made
 from fxopt.precision.held import beyond, counts, is_given, returned_views, written_in_bodies
 from fxopt.precision.policy import LOW_ARGUMENTS, Class, Policy, operator_name
@@ -218,12 +219,22 @@ class Mixed:
             return
         inside = set(operands)
         reason = f"{operator_name(node.target)} computes in 16 bits"
+        if self.policy.residual == torch.float32 and (parts := apart(node, self.env)):
+            self.add_behind(node, parts, reason)
+            return
 
         def change(one: fx.Node) -> fx.Node:
             new = self.env[one]
             return self.cast(one, self.policy.compute, node, reason) if new in inside else self.as_before(one, node)
 
         self.emit(node, change)
+
+    def add_behind(self, node: fx.Node, parts: Apart, reason: str) -> None:
+        """The product `node` in 16 bits, and its bias added to it in fp32."""
+        low, bias = self.policy.compute, self.env[parts.bias]
+        self.casts.spare(bias, low)
+        product = self.append(node, parts.product, [self.cast(one, low, node, reason) for one in parts.factors])
+        self.put(node, self.append(node, aten.add.Tensor, [product, bias]))
 
     def follow(self, node: fx.Node) -> None:
         """An operator in the dtypes it is given; in fp32 where 16 bits would change what it says."""
@@ -354,6 +365,14 @@ class Mixed:
         new = self.graph.create_node(node.op, node.target, args, kwargs, node.name, node.type)
         new.meta = dict(node.meta) | {"val": value}
         self.put(node, new)
+
+    def append(self, like: fx.Node, target: Any, args: Sequence[fx.Node]) -> fx.Node:
+        """A call of `target` that is a part of what `like` computes."""
+        with torch.set_grad_enabled(like.meta.get("grad", True)):
+            value = target(*map(value_of, args))
+        new = self.graph.create_node("call_function", target, tuple(args), name=like.name)
+        new.meta = dict(like.meta) | {"val": value}
+        return new
 
     def value(self, node: fx.Node, arranged: dict[fx.Node, fx.Node], args: Any, kwargs: Any) -> Any:
         """What `node` gives on the new arguments. It is only run where a dtype may be another one."""

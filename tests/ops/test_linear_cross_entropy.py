@@ -107,6 +107,19 @@ def test_the_upstream_gradient_is_not_rounded_to_bf16() -> None:
         assert torch.equal(third.gradients[name], (gradient.float() * torch.tensor(1 / 3)).bfloat16())
 
 
+@pytest.mark.parametrize("rows", [70, 700])
+def test_gradients_in_bf16_are_rounded_once(rows: int) -> None:
+    """A mean divides by the rows before what is multiplied is rounded: as near as rounding the exact products is."""
+    hidden, weight, _, target = problem(rows, 24, 57, torch.bfloat16)
+    found = run(linear_cross_entropy, (hidden, weight, None), target).gradients
+    d = torch.softmax((hidden @ weight.t()).double(), -1) - F.one_hot(target, 57)
+    d = d.bfloat16().double()  # as logits' gradients are, before they are multiplied
+    exact = {"hidden": d @ weight.double() / rows, "weight": d.t() @ hidden.double() / rows}
+    for name, right in exact.items():
+        off, once = (float((one.double() - right).norm()) for one in (found[name], right.bfloat16()))
+        assert off < 1.1 * once, name  # rounded twice: 1.4 times
+
+
 def test_hidden_of_any_rank_and_targets_in_either_shape() -> None:
     hidden, weight, bias, target = problem(24)
     flat = linear_cross_entropy(hidden, weight, bias, target, reduction="none")
