@@ -50,6 +50,7 @@ __all__ = [
     "forbid_data_pointer",
     "guard_or_false",
     "ignoring_fresh_symbols",
+    "inductor_cache_directory",
     "inductor_option_names",
     "is_traced",
     "mode_options",
@@ -59,6 +60,7 @@ __all__ = [
     "size_expression",
     "size_hint",
     "tag_activation_checkpoint",
+    "trace_artifact",
     "trace_atens",
 ]
 
@@ -160,6 +162,21 @@ def compile_graph(
     tagged = patched(torch.compiler.config, "cache_key_tag", tag)
     with lowering, _nothing_donated(), attention_patterns_off(), tagged:
         return compile_fx(gm, list(inputs), config_patches=dict(patches))  # type: ignore[return-value]
+
+
+def trace_artifact(name: str, encoding: str, text: Callable[[], str]) -> None:
+    """Put a file `name` into torch's structured trace (``TORCH_TRACE=dir``), which tlparse shows; else do nothing.
+
+    encoding: "json" or "string". text: called only where there is a trace.
+    """
+    torch._logging.trace_structured("artifact", lambda: {"name": name, "encoding": encoding}, payload_fn=text)
+
+
+def inductor_cache_directory() -> str:
+    """Where Inductor keeps what it compiled."""
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    return str(cache_dir())
 
 
 def aot_backend(look: Callable[[fx.GraphModule], None]) -> Callable[..., Any]:

@@ -6,6 +6,7 @@ import collections
 import dataclasses
 import io
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,12 @@ from rich.table import Table
 from rich.text import Text
 
 from fxopt.choice import Choice, Measured
+from fxopt.errors import ReportError
+from fxopt.outline import Outline
 from fxopt.precision.casts import Cast
+from fxopt.report_format import FORMAT, readable
 from fxopt.rule import Place, Refusal, Rewrite
+from fxopt.version import versions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +33,15 @@ class SiteKernel:
     site: str
     kernel: str
     path: Path
+
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """Something that was verified: of which part, what, and in a word or two what was wrong; "" where nothing was."""
+
+    part: str
+    what: str
+    failure: str = ""
 
 
 @dataclasses.dataclass
@@ -43,6 +57,9 @@ class GraphReport:
     nodes:    stage -> number of nodes after it.
     files:    what `options={"dump": dir}` wrote.
     kernels:  of those files the sources of kernels, once for each site that launches one.
+    inputs:   how many inputs of the Dynamo graph are of each kind ("float32[64, 64]"): what tells models apart.
+    checks:   what was verified, in order.
+    outline:  the graphs after each stage, where they are recorded (`fxopt.explain`, a dump); else None.
     """
 
     name: str
@@ -55,6 +72,9 @@ class GraphReport:
     nodes: dict[str, int] = dataclasses.field(default_factory=dict)
     files: list[Path] = dataclasses.field(default_factory=list)
     kernels: list[SiteKernel] = dataclasses.field(default_factory=list)
+    inputs: dict[str, int] = dataclasses.field(default_factory=dict)
+    checks: list[Check] = dataclasses.field(default_factory=list)
+    outline: Outline | None = None
 
 
 @dataclasses.dataclass
@@ -62,9 +82,14 @@ class Report:
     """What fxopt did to a model: one `GraphReport` a graph, and their sums.
 
     `print(report)` leads with the verdict; `report.to_json()` holds everything.
+
+    model:    what was explained, in words; "" for what was compiled in the course of training.
+    versions: of fxopt and of what it stands on.
     """
 
     graphs: list[GraphReport] = dataclasses.field(default_factory=list)
+    model: str = ""
+    versions: dict[str, str] = dataclasses.field(default_factory=lambda: dict(versions()))
 
     @property
     def rewrites(self) -> list[Rewrite]:
@@ -117,12 +142,26 @@ class Report:
 
     def to_json(self) -> str:
         """Everything in the report, as JSON."""
-        return json.dumps(dataclasses.asdict(self) | {"verdict": self.verdict}, default=str, indent=1)
+        head = {"format": FORMAT, "verdict": self.verdict}
+        return json.dumps(head | dataclasses.asdict(self), default=str, indent=1)
 
     @classmethod
     def from_json(cls, text: str) -> Report:
-        """The report that `to_json` wrote."""
-        return cls([_graph_from(item) for item in json.loads(text)["graphs"]])
+        """The report that `to_json` wrote. Raises `ReportError` for anything else, and for another format."""
+        data = readable(text)
+        try:
+            return cls([_graph_from(item) for item in data["graphs"]], data["model"], data["versions"])
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise ReportError(f"this report is damaged ({type(error).__name__}: {error}): write it again") from error
+
+    def to_html(self, path: str | os.PathLike[str], *, redact: bool = False) -> Path:
+        """Write the report as one HTML file, which needs no server and no network. Returns its path.
+
+        redact: leave out the source, and the names of modules, files, parameters and nodes.
+        """
+        from fxopt.html import page
+
+        return page.write(self, Path(path), redact)
 
     def __str__(self) -> str:
         console = Console(file=io.StringIO(), width=150, color_system=None, force_terminal=False)
@@ -195,7 +234,10 @@ def _graph_from(data: dict[str, Any]) -> GraphReport:
     casts = [Cast(**item | {"place": Place(**item["place"])}) for item in data["casts"]]
     files = [Path(item) for item in data["files"]]
     kernels = [SiteKernel(**item | {"path": Path(item["path"])}) for item in data["kernels"]]
+    checks = [Check(**item) for item in data["checks"]]
+    outline = None if data["outline"] is None else Outline.from_dict(data["outline"])
     read = {"rewrites": rewrites, "refusals": refusals, "casts": casts, "files": files, "kernels": kernels}
+    read |= {"checks": checks, "outline": outline}
     return GraphReport(**data | read)
 
 
