@@ -137,7 +137,7 @@ def _annotated(gm: fx.GraphModule) -> Iterator[str]:
             where = _comment(node)
             if where != last and any(where):
                 yield f"        # {' '.join(part for part in where if part)}"
-                last = where
+            last = where
             line = f"{line.split(';')[0]}  # {kind_of(value_of(node))}"
         yield f"    {line}"
 

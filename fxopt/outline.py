@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -85,7 +85,11 @@ class Recorder:
 
     def add(self, name: str, gm: fx.GraphModule) -> None:
         """Record `gm` as it is after stage `name`."""
-        numbers = [self._line(node) for node in _nodes(gm)]
+        self.add_nodes(name, _nodes(gm))
+
+    def add_nodes(self, name: str, nodes: Iterable[Node]) -> None:
+        """Record `nodes` as the graph after stage `name`."""
+        numbers = [self._line(node) for node in nodes]
         self.outline.stages.append(StageGraph(name, " ".join(map(str, numbers))))
 
     def _line(self, node: Node) -> int:
