@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -164,6 +165,8 @@ def rewrite(
                         same_function(gm, outcome.module, inputs)
             return outcome
 
+        if not stages.allows("rewrite", stages.write_repro, rule=rule.name):
+            break  # it may fail as it looks for sites
         outcome = stages.guarded(f"rule {rule.name}", apply, otherwise=None)
         if outcome is not None:
             gm = outcome.module
@@ -176,8 +179,13 @@ def rewrite(
 def _permits(stages: Stages, rule: Rule, site: Site, replacement: Callable[..., Any]) -> bool:
     """Whether the limit lets `site` be rewritten; if it is the last that may be, it is kept for a repro."""
     place = Place.of(site.anchor)
+
+    def write(directory: Path) -> None:
+        repro.write_site(site, replacement, directory)
+        stages.write_repro(directory)
+
     return stages.allows(
-        "rewrite", lambda directory: repro.write_site(site, replacement, directory), rule=rule.name,
+        "rewrite", write, rule=rule.name,
         node=site.anchor.name, source=place.source, code=place.code, module=place.module,
     )  # fmt: skip
 

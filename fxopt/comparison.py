@@ -5,10 +5,11 @@ from __future__ import annotations
 import collections
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, Literal
+from typing import Literal
 
 from fxopt.errors import ReportError
 from fxopt.report import Report
+from fxopt.report_format import plan_of
 from fxopt.rule import Refusal, Rewrite
 
 __all__ = ["Difference", "compare"]
@@ -155,7 +156,7 @@ def _cast(count: int, size: int) -> str:
 
 def _saved(before: Report, after: Report) -> Iterator[Difference]:
     """Tensors whose decision changed: what is saved for the backward, recomputed or offloaded."""
-    if any(_plan(graph) is None for report in (before, after) for graph in report.graphs):
+    if any(plan_of(graph) is None for report in (before, after) for graph in report.graphs):
         return
     one, other = (_decisions(report) for report in (before, after))
     for name in dict.fromkeys([*one, *other]):
@@ -168,7 +169,7 @@ def _decisions(report: Report) -> dict[str, str]:
     return {
         f"{row['name']} of {graph.name}": f"{row['decision']}, {mib(row['bytes'])}"
         for graph in report.graphs
-        for row in (_plan(graph) or {}).get("tensors", [])
+        for row in (plan_of(graph) or {}).get("tensors", [])
     }
 
 
@@ -181,14 +182,8 @@ def _peaks(before: Report, after: Report, tolerance: float) -> Iterator[Differen
 
 
 def _highest(report: Report, which: str) -> int | None:
-    found = [(_plan(graph) or {}).get(which) for graph in report.graphs]
+    found = [(plan_of(graph) or {}).get(which) for graph in report.graphs]
     return max((one for one in found if one is not None), default=None)
-
-
-def _plan(graph: Any) -> Mapping[str, Any] | None:
-    """The memory plan of a graph as JSON has it; None where there is none."""
-    found: Any = getattr(graph, "plan", None)
-    return dataclasses.asdict(found) if dataclasses.is_dataclass(found) and not isinstance(found, type) else found
 
 
 def _kernels(before: Report, after: Report, tolerance: float) -> Iterator[Difference]:

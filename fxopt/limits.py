@@ -1,8 +1,8 @@
 """A limit on what fxopt does in a process, for `fxopt bisect`: so many steps are taken, and none after them.
 
-A step is a stage of a graph that changes something (capture, precision, outputs) or one rewritten site. They are
-counted over all graphs of the process, in order, so that the first step that does harm can be searched by halving. The
-limit comes through an environment variable, which processes that a script starts inherit.
+A step is a stage of a graph that changes something (capture, precision, outputs), a rule that looks for sites, or one
+rewritten site. They are counted over all graphs of the process, in order, so that the first step that does harm can be
+searched by halving. The limit comes through an environment variable, which processes that a script starts inherit.
 """
 
 from __future__ import annotations
@@ -40,6 +40,8 @@ class Taken:
     def __str__(self) -> str:
         if not self.rule:
             return f"stage {self.stage} of {self.graph}"
+        if not self.node:
+            return f"rule {self.rule}, as it looks for sites in {self.graph}"
         where = f" ({self.module})" if self.module else ""
         return f"rule {self.rule} at {self.node}{where} of {self.graph}, {self.source or 'source unknown'}"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,8 @@ from typing import Any
 from torch import fx
 
 from fxopt import dump
-from fxopt.excerpt import Unmeasurable, excerpt
+from fxopt.errors import brief
+from fxopt.excerpt import excerpt
 from fxopt.rule import Place, Site
 
 __all__ = ["GRAPH", "SITE", "write_graph", "write_site"]
@@ -50,7 +52,8 @@ def write_site(site: Site, replacement: Callable[..., Any], directory: Path) -> 
     try:
         before = excerpt(site).module
         after = excerpt(site).rewritten(replacement)
-    except Unmeasurable:
+    except Exception as error:  # what the site reads is no tensor, or the replacement is what fails
+        logging.getLogger(__name__).info("no script of the site alone: %s", brief(error))
         return
     classes: list[str] = []
     dump.class_source(before, "Before", classes)

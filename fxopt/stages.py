@@ -115,8 +115,9 @@ class Stages:
         self.guarded("dump of kernels", write, None)
 
     def write_repro(self, directory: Path) -> None:
-        """Write a script that compiles this graph and compares it with PyTorch."""
-        repro.write_graph(self.gm, self.given_options(), directory)
+        """Write a script that compiles this graph and compares it with PyTorch, if its rules have names."""
+        if all(isinstance(item, str) for item in self.options.rules):
+            repro.write_graph(self.gm, self.given_options(), directory)
 
     def finish(self) -> GraphReport:
         """Close the report: torch's structured trace gets it, and the dump directory, if there is one."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from fxopt.backend import explain
 from fxopt.commands import UsageError, console, models, options
-from fxopt.errors import OptionError, brief
+from fxopt.errors import OptionError
 from fxopt.report import Report
 
 __all__ = ["add_to"]
@@ -61,6 +61,13 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _failure(error: Exception) -> str:
+    """What was raised; Dynamo's message has the line of the model in its midst, and advice about itself at its end."""
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    stop = next((at for at, line in enumerate(lines) if line.startswith("Set TORCHDYNAMO_VERBOSE")), len(lines))
+    return f"{type(error).__name__}: " + "\n  ".join(lines[: min(stop, 12)])
+
+
 def explained(subject: models.Subject, chosen: dict[str, Any], with_traceback: bool = False) -> Report | None:
     """The report; None, with a sentence on stderr, where the model cannot be traced or has no graph."""
     args, kwargs = subject.arguments
@@ -71,8 +78,9 @@ def explained(subject: models.Subject, chosen: dict[str, Any], with_traceback: b
     except Exception as error:
         if with_traceback:
             traceback.print_exc()
-        hint = "" if with_traceback else " (--traceback shows where)"
-        print(f"fxopt: the model failed while it was traced: {brief(error)}{hint}", file=sys.stderr)
+        print(f"fxopt: the model failed while it was traced, {_failure(error)}", file=sys.stderr)
+        if subject.fake:
+            print("its tensors have no values, which may be why: --real, or a file without --fake", file=sys.stderr)
         return None
     if not report.graphs:
         why = "it computes nothing with tensors, or Dynamo could trace none of it (TORCH_LOGS=graph_breaks says why)"

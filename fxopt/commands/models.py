@@ -37,10 +37,11 @@ _SETTINGS = {
 """Flags and what `transformers` configurations call them; older ones map these names to their own."""
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+OWN_FILE = "write FILE.py with a function that returns (model, inputs)"
 _TASKS = {  # by the list of `transformers` that has a model type, the class that makes it: the first that does
-    "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES": "AutoModelForCausalLM",
-    "MODEL_FOR_MASKED_LM_MAPPING_NAMES": "AutoModelForMaskedLM",
     "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES": "AutoModelForSeq2SeqLM",
+    "MODEL_FOR_MASKED_LM_MAPPING_NAMES": "AutoModelForMaskedLM",
+    "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES": "AutoModelForCausalLM",
     "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES": "AutoModelForImageClassification",
 }
 
@@ -75,9 +76,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--batch", type=positive, default=2, metavar="N", help="sequences (default: %(default)s)")
     group.add_argument("--seq", type=positive, default=512, metavar="N", help="tokens of each (default: %(default)s)")
     group.add_argument("--dtype", choices=_DTYPES, default="fp32", help="of the parameters (default: %(default)s)")
-    group.add_argument(
-        "--attention", choices=("sdpa", "eager"), default="sdpa", help="its attention (default: %(default)s)"
-    )
+    group.add_argument("--attention", choices=("sdpa", "eager"), help="its attention (default: sdpa where it has that)")
     parser.add_argument("--real", action="store_true", help="allocate a --config model, whose weights are random")
     parser.add_argument("--fake", action="store_true", help="run a file's factory on tensors without memory")
 
@@ -89,9 +88,16 @@ def subject(arguments: argparse.Namespace) -> Subject:
         raise UsageError(f"{given}: say FILE.py:factory, or --config NAME as in `--config llama --layers 4`")
     if arguments.target is not None:
         return make(factory_of(arguments.target), arguments.target, arguments.fake)
-    with _made_of(not arguments.real):
+    with torch.device("cpu" if arguments.real else "meta"):
         model = _from_config(arguments)
-        return Subject(model.train(), _inputs(model, arguments.batch, arguments.seq), not arguments.real)
+    with _made_of(not arguments.real):
+        if not arguments.real:
+            model.to_empty(device="cpu")
+        try:
+            inputs = _inputs(model, arguments.batch, arguments.seq)
+        except AttributeError as error:  # its configuration has parts, as those of text and pictures have
+            raise UsageError(f"no inputs for {arguments.config} are known here ({error}): {OWN_FILE}") from error
+    return Subject(model.train(), inputs, not arguments.real)
 
 
 # --- of a file ---------------------------------------------------------------------------------------------------
@@ -159,12 +165,15 @@ def _from_config(arguments: argparse.Namespace) -> Any:
     hint = f"transformers {transformers.__version__} has llama, qwen3, gpt2, bert, t5, vit and many more."
     check_name("model type", name, list(transformers.CONFIG_MAPPING), hint)
     config = _config(arguments)
-    config._attn_implementation = arguments.attention
+    if arguments.attention is not None:
+        config._attn_implementation = arguments.attention
+    if config.is_encoder_decoder and getattr(config, "decoder_start_token_id", None) is None:
+        config.decoder_start_token_id = 0
     made_by = _class_of(name)
     try:
         return getattr(transformers, made_by).from_config(config, dtype=_DTYPES[arguments.dtype])
     except Exception as error:
-        raise UsageError(f"{name} cannot be made with these settings: {brief(error)}") from error
+        raise UsageError(f"{name} cannot be made with these settings: {_in_a_line(error)}") from error
 
 
 def _config(arguments: argparse.Namespace) -> Any:
@@ -182,7 +191,12 @@ def _config(arguments: argparse.Namespace) -> Any:
     try:
         return AutoConfig.for_model(arguments.config, **settings)
     except Exception as error:  # a dataclass of transformers' own that says what does not fit
-        raise UsageError(f"the configuration of {arguments.config} refuses {settings}: {brief(error)}") from error
+        raise UsageError(f"the configuration of {arguments.config} refuses {settings}: {_in_a_line(error)}") from error
+
+
+def _in_a_line(error: Exception) -> str:
+    """All of a message: the first line of one of transformers' says nothing."""
+    return " ".join(str(error).split())[:400]
 
 
 def _implied(plain: Any, settings: Mapping[str, Any], seq: int) -> dict[str, Any]:
@@ -218,10 +232,7 @@ def _class_of(name: str) -> str:
     for listed, made_by in _TASKS.items():
         if name in getattr(modeling_auto, listed):
             return made_by
-    raise UsageError(
-        f"{name} has no loss that is known here (causal, masked, seq2seq, image): write FILE.py with a function that "
-        "returns (model, inputs)"
-    )
+    raise UsageError(f"{name} has no loss that is known here (causal, masked, seq2seq, image): {OWN_FILE}")
 
 
 def _inputs(model: Any, batch: int, seq: int) -> dict[str, Any]:

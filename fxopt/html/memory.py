@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
 from fxopt.report import GraphReport
+from fxopt.report_format import plan_of
 
-__all__ = ["chart"]
+__all__ = ["chart", "point"]
 
 
 def chart(graph: GraphReport) -> dict[str, Any] | None:
@@ -17,23 +17,21 @@ def chart(graph: GraphReport) -> dict[str, Any] | None:
     points:  {"bytes", "label"} over the step.
     tensors: {"name", "bytes", "decision", "reason", "source"}, largest first.
     """
-    plan: Any = getattr(graph, "plan", None)
+    plan = plan_of(graph)
     if plan is None:
         return None
-    if dataclasses.is_dataclass(plan) and not isinstance(plan, type):
-        plan = dataclasses.asdict(plan)
     tensors = sorted((_tensor(row) for row in plan.get("tensors", [])), key=lambda row: -row["bytes"])
     return {
         "graph": graph.name,
         "budget": plan.get("budget"),
         "predicted_peak": plan.get("predicted_peak"),
         "measured_peak": plan.get("measured_peak"),
-        "points": [_point(at, one) for at, one in enumerate(plan.get("timeline", []))],
+        "points": [point(one, at) for at, one in enumerate(plan.get("timeline", []))],
         "tensors": tensors,
     }
 
 
-def _point(at: int, given: Any) -> dict[str, Any]:
+def point(given: Any, at: int = 0) -> dict[str, Any]:
     """A point of the timeline: bytes alone, (label, bytes), or an object with more."""
     if isinstance(given, Mapping):
         return {"bytes": given["bytes"], "label": str(given.get("label", given.get("node", at)))}

@@ -7,9 +7,11 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from fxopt.html.memory import point
 from fxopt.outline import HOLE, Outline, Recorder
 from fxopt.precision.casts import Cast
 from fxopt.report import GraphReport, Report
+from fxopt.report_format import plan_of
 from fxopt.rule import Place, Refusal, Rewrite
 
 __all__ = ["redacted"]
@@ -91,11 +93,27 @@ def _graph(graph: GraphReport, names: _Names) -> GraphReport:
         dataclasses.replace(one, node=names.of(one.node), source=names.of(one.source), place=place(one.place))
         for one in graph.casts
     ]
-    return dataclasses.replace(
+    found = dataclasses.replace(
         graph, rewrites=list(map(site, graph.rewrites)), refusals=list(map(site, graph.refusals)), casts=casts,
         deferred=[names.of(name.split(" ")[0]) for name in graph.deferred], notes=[], checks=checks, files=[],
         kernels=[], outline=None if graph.outline is None else _outline(graph.outline, names),
     )  # fmt: skip
+    plan = plan_of(graph)
+    if plan is not None:
+        found.plan = _plan(plan, names)  # type: ignore[attr-defined]
+    return found
+
+
+def _plan(plan: dict[str, Any], names: _Names) -> dict[str, Any]:
+    """Bytes and decisions; reasons are sentences of fxopt's own."""
+    tensors = [
+        row | {"name": names.of(row["name"]), "place": "", "reason": names.text(str(row.get("reason", "")))}
+        for row in plan.get("tensors", [])
+    ]
+    timeline = [
+        {"bytes": one["bytes"], "label": names.of(one["label"])} for one in map(point, plan.get("timeline", []))
+    ]
+    return plan | {"tensors": tensors, "timeline": timeline}
 
 
 def _outline(outline: Outline, names: _Names) -> Outline:

@@ -313,7 +313,7 @@
     };
     const up1 = step([node.name], "inputs"), up2 = step(up1, "inputs"), down1 = step([node.name], "users"), down2 = step(down1, "users");
     const rows = [up2, up1, levels[0], down1, down2].filter((row) => row.length);
-    const most = 7, wide = 172, high = 46;
+    const most = 7, wide = 192, high = 46;
     const width = Math.min(most + 1, Math.max(...rows.map((row) => row.length))) * wide;
     const picture = svg("svg", { width, height: rows.length * high, viewBox: `0 0 ${width} ${rows.length * high}` });
     const at = new Map();
@@ -329,9 +329,9 @@
     for (const [name, [x, y]] of at) {
       const one = side.byName.get(name);
       const group = svg("g", {});
-      const label = (one.call === "placeholder" ? short(name) : one.call.split("(")[0]).slice(-24);
+      const label = (one.call === "placeholder" ? short(name) : one.call.split("(")[0]).slice(-27);
       group.append(
-        svg("rect", { class: "box" + (name === node.name ? " me" : one.changed ? (side.after ? " add" : " del") : ""), x: x - 80, y: y - 12, width: 160, height: 24, rx: 4 }),
+        svg("rect", { class: "box" + (name === node.name ? " me" : one.changed ? (side.after ? " add" : " del") : ""), x: x - 90, y: y - 12, width: 180, height: 24, rx: 4 }),
         svg("text", { x, y: y + 4, "text-anchor": "middle" }, label), svg("title", {}, `${name}\n${one.call} ${one.kind}`));
       group.onclick = () => select(name, side.after);
       picture.append(group);
@@ -404,9 +404,12 @@
     const x = (at) => (at * width) / Math.max(1, points.length - 1), y = (bytes) => high - (bytes * high) / top;
     const picture = svg("svg", { viewBox: `0 0 ${width} ${high + 4}`, width: "100%", height: high, preserveAspectRatio: "none" });
     const path = points.map((one, at) => `${at ? "L" : "M"}${x(at).toFixed(1)} ${y(one.bytes).toFixed(1)}`).join("");
+    const legend = el("p", "legend"), frame = el("div");
+    legend.append(el("span", "key curve", `predicted over the step, at most ${mib(Math.max(...points.map((one) => one.bytes)))}`));
     picture.append(svg("path", { class: "area", d: `${path}L${width} ${high}L0 ${high}Z` }), svg("path", { class: "curve", d: path }));
     for (const [cls, name, bytes] of limits) {
-      picture.append(svg("line", { class: cls, x1: 0, x2: width, y1: y(bytes), y2: y(bytes) }), svg("text", { x: 4, y: y(bytes) - 4 }, `${name} ${mib(bytes)}`));
+      picture.append(svg("line", { class: cls, x1: 0, x2: width, y1: y(bytes), y2: y(bytes) }));
+      legend.append(el("span", `key ${cls}`, `${name} ${mib(bytes)}`));
     }
     const tensors = new Map(chart.tensors.map((row) => [row.name, row]));
     hover(picture, (event) => {
@@ -416,6 +419,7 @@
       const about = row ? ` · ${row.decision}${row.reason ? `: ${row.reason}` : ""}${row.source ? ` · ${row.source}` : ""}` : "";
       return `${point.label}: ${mib(point.bytes)}${about}`;
     });
-    return picture;
+    frame.append(legend, picture);
+    return frame;
   };
 })();
