@@ -98,7 +98,19 @@ def test_redacted_page_tells_nothing_of_the_code(tmp_path: Path) -> None:
     found = rich_report(tmp_path)
     page = render(found, redacted=True)
     assert "redacted" in page
-    secrets = ["node_3", "m.py:4", "Gated", "inspected.py", "layers.0", "gate", "labels", "head", "norm_forward", "model.py", "silu(self"]
+    secrets = [
+        "node_3",
+        "m.py:4",
+        "Gated",
+        "inspected.py",
+        "layers.0",
+        "gate",
+        "labels",
+        "head",
+        "norm_forward",
+        "model.py",
+        "silu(self",
+    ]
     data = Elements(page).data
     assert [word for word in secrets if re.search(rf"\b{re.escape(word)}\b", data)] == []
     body = page[page.index("<header>") : page.index('<script type="application/json"')]

@@ -50,6 +50,15 @@ def test_options_and_json(capsys: Capture) -> None:
     assert found.versions["torch"] == torch.__version__
 
 
+def test_a_report_that_was_written_is_shown_again(tmp_path: Path, capsys: Capture) -> None:
+    (tmp_path / "a.json").write_text(report_json())
+    assert main(["explain", str(tmp_path / "a.json"), "--html", str(tmp_path / "a.html")]) == 0
+    printed = capsys.readouterr()
+    assert printed.out.startswith(report().verdict)
+    assert f"wrote {tmp_path / 'a.html'}" in printed.err
+    assert "capture" in (tmp_path / "a.html").read_text()
+
+
 def test_a_model_of_any_size_is_explained_without_memory(capsys: Capture) -> None:
     """70 billion parameters would be 280 GB."""
     sizes = flags("--hidden 8192 --layers 1 --heads 64 --kv-heads 8 --vocab 4000000 --intermediate 28672 --seq 64")

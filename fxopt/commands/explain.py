@@ -9,6 +9,7 @@ from typing import Any
 
 from fxopt.backend import explain
 from fxopt.commands import UsageError, console, models, options
+from fxopt.commands.diff import read
 from fxopt.errors import OptionError
 from fxopt.report import Report
 
@@ -26,6 +27,7 @@ examples:
   fxopt explain train.py:make
   fxopt explain --config llama --hidden 2048 --layers 4 --heads 16 --precision bf16
   fxopt explain --config qwen3 --layers 36 --html report.html
+  fxopt explain before.json --html before.html
   fxopt explain --config mistral --layers 2 --set sliding_window=128 --json > after.json
 """
 
@@ -47,8 +49,7 @@ def run(arguments: argparse.Namespace) -> int:
     """What the arguments say. Raises UsageError."""
     if arguments.redact and not arguments.html:
         raise UsageError("--redact is for --html PATH, and there is none")
-    chosen = options.given(arguments)
-    report = explained(models.subject(arguments), chosen, arguments.traceback)
+    report = _report(arguments)
     if report is None:
         return 1
     if arguments.json:
@@ -66,6 +67,14 @@ def _failure(error: Exception) -> str:
     lines = [line for line in str(error).splitlines() if line.strip()]
     stop = next((at for at, line in enumerate(lines) if line.startswith("Set TORCHDYNAMO_VERBOSE")), len(lines))
     return f"{type(error).__name__}: " + "\n  ".join(lines[: min(stop, 12)])
+
+
+def _report(arguments: argparse.Namespace) -> Report | None:
+    """The report that was written, or that of a model."""
+    if str(arguments.target).endswith(".json"):
+        return read(arguments.target)
+    chosen = options.given(arguments)
+    return explained(models.subject(arguments), chosen, arguments.traceback)
 
 
 def explained(subject: models.Subject, chosen: dict[str, Any], with_traceback: bool = False) -> Report | None:
