@@ -56,6 +56,7 @@ __all__ = [
     "fusible",
     "guard_or_false",
     "ignoring_fresh_symbols",
+    "inductor_cache_directory",
     "inductor_option_names",
     "inherit_from_dynamo",
     "is_traced",
@@ -72,6 +73,7 @@ __all__ = [
     "size_expression",
     "size_hint",
     "tag_activation_checkpoint",
+    "trace_artifact",
     "trace_atens",
 ]
 
@@ -362,6 +364,21 @@ def extern_kernel(name: str) -> Callable[..., Any]:
 
     found: Callable[..., Any] = getattr(extern_kernels, name)
     return found
+
+
+def trace_artifact(name: str, encoding: str, text: Callable[[], str]) -> None:
+    """Put a file `name` into torch's structured trace (``TORCH_TRACE=dir``), which tlparse shows; else do nothing.
+
+    encoding: "json" or "string". text: called only where there is a trace.
+    """
+    torch._logging.trace_structured("artifact", lambda: {"name": name, "encoding": encoding}, payload_fn=text)
+
+
+def inductor_cache_directory() -> str:
+    """Where Inductor keeps what it compiled."""
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    return str(cache_dir())
 
 
 def aot_backend(look: Callable[[fx.GraphModule], None]) -> Callable[..., Any]:

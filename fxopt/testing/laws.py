@@ -18,15 +18,11 @@ from hypothesis import strategies as st
 from torch import Tensor, fx
 
 from fxopt.capture import trace
-from fxopt.differential import relative_error, same_function, typical_entry
+from fxopt.differential import same_function
 from fxopt.rewrite import apply_rule
 from fxopt.rule import Rule
 from fxopt.simplify import simplify
-
-RATIO, FLOOR = 2.0, 8.0
-"""Allowed: RATIO times the spelling's own error, plus FLOOR roundings of the coarsest dtype (a sum of few terms may
-happen to be exact in one order and not in another), of the tensor and, as in `fxopt.testing.compare`, of one with the
-gradients' typical entries: where a softmax is saturated, gradients by queries are differences that vanish."""
+from fxopt.testing.near import as_near_as, results
 
 
 class HypothesisDraw:
@@ -108,8 +104,8 @@ def check_laws(rule: Rule, spelling: Callable[..., Any], values: Mapping[str, An
 def replays_exactly(spelling: Callable[..., Any], graph: fx.GraphModule, chosen: Mapping[str, Any]) -> None:
     """Law 4. Raises AssertionError."""
     tensors = [value for value in chosen.values() if isinstance(value, Tensor)]
-    direct = _results(lambda *given: spelling(**{**chosen, **dict(zip(_names(chosen), given, strict=True))}), tensors)
-    replayed = _results(graph, tensors)
+    direct = results(lambda *given: spelling(**{**chosen, **dict(zip(_names(chosen), given, strict=True))}), tensors)
+    replayed = results(graph, tensors)
     for name, value in direct.items():
         other = replayed[name]
         assert (value is None) == (other is None), f"{spelling.__name__}: {name} appears on one side only"
@@ -120,56 +116,5 @@ def replays_exactly(spelling: Callable[..., Any], graph: fx.GraphModule, chosen:
     assert str(graph.graph) == before, f"{spelling.__name__}: simplifying twice changes the graph"
 
 
-def as_near_as(original: fx.GraphModule, rewritten: fx.GraphModule, tensors: list[Tensor]) -> None:
-    """Law 3. Raises AssertionError naming the output or gradient and the errors."""
-    from fxopt.differential import in_double
-
-    double = [
-        value.detach().double().requires_grad_(value.requires_grad) if value.is_floating_point() else value
-        for value in tensors
-    ]
-    exact, eager, ours = (
-        _results(in_double(original), double),
-        _results(original, tensors),
-        _results(rewritten, tensors),
-    )
-    eps = max([torch.finfo(value.dtype).eps for value in tensors if value.is_floating_point()], default=0.0)
-    typical = typical_entry({name: value for name, value in exact.items() if name.startswith("gradient")})
-    for name, reference in exact.items():
-        beside = typical if name.startswith("gradient") else 0.0
-        theirs, mine = (relative_error(_wide(found[name]), reference, beside) for found in (eager, ours))
-        allowed = RATIO * theirs + FLOOR * eps
-        assert mine <= allowed, (
-            f"{name}: error {mine:.2e} against fp64, the spelling's is {theirs:.2e}, allowed {allowed:.2e}"
-        )
-
-
-def _wide(value: Tensor | None) -> Tensor | None:
-    return None if value is None else value.double()
-
-
 def _names(chosen: Mapping[str, Any]) -> list[str]:
     return [name for name, value in chosen.items() if isinstance(value, Tensor)]
-
-
-def _results(fn: Callable[..., Any], tensors: list[Tensor]) -> dict[str, Tensor | None]:
-    """Outputs of `fn`, and gradients of an unevenly weighed sum of them (a plain sum's cancel in norms)."""
-    leaves = [
-        value.detach().clone(memory_format=torch.preserve_format).requires_grad_(value.requires_grad)
-        for value in tensors
-    ]
-    out = fn(*leaves)
-    outputs = [value for value in (out if isinstance(out, list | tuple) else [out]) if isinstance(value, Tensor)]
-    found: dict[str, Tensor | None] = {f"output {index}": value.detach() for index, value in enumerate(outputs)}
-    wanted = [(index, leaf) for index, leaf in enumerate(leaves) if leaf.requires_grad]
-    losses = [
-        (value.reshape(-1) * torch.linspace(0.5, 1.5, value.numel(), dtype=value.dtype)).sum().double()
-        for value in outputs
-        if value.requires_grad
-    ]
-    if wanted and losses:
-        gradients = torch.autograd.grad(torch.stack(losses).sum(), [leaf for _, leaf in wanted], allow_unused=True)
-        found |= {
-            f"gradient of input {index}": gradient for (index, _), gradient in zip(wanted, gradients, strict=True)
-        }
-    return found
