@@ -45,6 +45,7 @@ __all__ = [
     "PassesThroughDynamo",
     "TorchDispatchMode",
     "aot_backend",
+    "aot_backend_by",
     "apart",
     "compile_graph",
     "decompose_within",
@@ -383,13 +384,20 @@ def inductor_cache_directory() -> str:
 
 def aot_backend(look: Callable[[fx.GraphModule], None]) -> Callable[..., Any]:
     """A backend that runs graphs as AOTAutograd makes them, uncompiled, and shows `look` each joint graph."""
-    from torch._dynamo.backends.common import aot_autograd
 
     def partition_fn(joint: fx.GraphModule, inputs: Any, **how: Any) -> Any:
         look(joint)
         return partitioners.min_cut_rematerialization_partition(joint, inputs, **how)
 
-    return aot_autograd(fw_compiler=lambda gm, _: gm, partition_fn=partition_fn)
+    return aot_backend_by(partition_fn)
+
+
+def aot_backend_by(partition_fn: Callable[..., Any]) -> Callable[..., Any]:
+    """A backend that runs graphs as `partition_fn` cuts them, node by node; each value goes after its last use."""
+    from torch._dynamo.backends.common import aot_autograd
+    from torch._functorch.aot_autograd import boxed_nop_preserve_node_meta
+
+    return aot_autograd(fw_compiler=boxed_nop_preserve_node_meta, partition_fn=partition_fn)
 
 
 @contextlib.contextmanager
