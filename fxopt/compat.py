@@ -182,13 +182,14 @@ def inductor_cache_directory() -> str:
 def aot_backend(look: Callable[[fx.GraphModule], None]) -> Callable[..., Any]:
     """A backend that runs graphs as AOTAutograd makes them, uncompiled, and shows `look` each joint graph."""
     from torch._dynamo.backends.common import aot_autograd
+    from torch._functorch.aot_autograd import make_boxed_func
     from torch._functorch.partitioners import min_cut_rematerialization_partition
 
     def partition(joint: fx.GraphModule, inputs: Any, **how: Any) -> Any:
         look(joint)
         return min_cut_rematerialization_partition(joint, inputs, **how)
 
-    return aot_autograd(fw_compiler=lambda gm, _: gm, partition_fn=partition)
+    return aot_autograd(fw_compiler=lambda gm, _: make_boxed_func(gm), partition_fn=partition)
 
 
 @contextlib.contextmanager
