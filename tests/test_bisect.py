@@ -147,7 +147,7 @@ def run_here(monkeypatch: pytest.MonkeyPatch, folder: Path, **options: Any) -> C
     return attempt
 
 
-QUICK = ("sigmoid for silu", "another stride", "it raises", "sqrt for rsqrt")
+QUICK = ("sigmoid for silu", "it raises")
 
 
 @pytest.mark.parametrize("fault", [pytest.param(one, marks=[] if one in QUICK else pytest.mark.slow) for one in SEEDED])
@@ -278,11 +278,11 @@ from test_bisect import SEEDED
 OPTIONS = {{"rules": [SEEDED["sigmoid for silu"]]}}
 """)
     assert main(["bisect", f"{script}:make", "--out", str(tmp_path / "out")]) == 1
-    printed = capsys.readouterr().out
-    assert "rule swiglu at mul" in printed
-    assert "compiled by aot_eager: fails" in capsys.readouterr().err or "break the fp64 rule" in printed
+    printed = capsys.readouterr()
+    assert "rule swiglu at mul" in printed.out
+    assert "compiled by aot_eager: fails" in printed.err
     repro = tmp_path / "out" / SITE
-    assert f"reproduce with: python {repro}" in printed
+    assert f"reproduce with: python {repro}" in printed.out
     done = subprocess.run([sys.executable, repro], capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert "against fp64" in done.stderr

@@ -9,6 +9,7 @@ import inspect
 import json
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ def main(target: str, options: Mapping[str, Any]) -> int:
     """0 where the compiled step is as near to fp64 as eager's, 1 where it is not."""
     torch.manual_seed(0)
     factory = models.factory_of(target)
-    made, script = models.make(factory, target), vars(sys.modules[factory.__module__])
+    made, script = models.make(factory, target), vars(sys.modules[Path(target.partition(":")[0]).stem])
     given = {**script.get("OPTIONS", {}), **options}
     if not isinstance(made.model, torch.nn.Module):
         raise UsageError(f"{target} returned {type(made.model).__name__} as its model: it must be a torch.nn.Module")
