@@ -26,6 +26,8 @@ _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 def same_function(before: fx.GraphModule, after: fx.GraphModule, inputs: Sequence[Any]) -> None:
     """Check that both graphs give the same outputs and input gradients in fp64 on `inputs` (tensors and numbers).
 
+    Symbolic numbers among `inputs` stand for those they were traced with: a real tensor takes no other.
+
     Outputs that are integers are compared as numbers are: an argmax of fp64 values has no ties that are not exact.
 
     Raises `VerificationError` naming the output or input, and the error. Nothing of `inputs` is changed.
@@ -66,7 +68,7 @@ def typical_entry(gradients: Mapping[str, torch.Tensor | None]) -> float:
 
 def _run(gm: fx.GraphModule, inputs: Sequence[Any]) -> dict[str, torch.Tensor | None]:
     module = in_double(gm)
-    given = [_double(item) for item in inputs]
+    given = [_double(compat.size_hint(item)) for item in inputs]
     leaves = [item for item in given if isinstance(item, torch.Tensor) and item.requires_grad]
     work = [item.clone() if isinstance(item, torch.Tensor) else item for item in given]
     device = next((item.device.type for item in given if isinstance(item, torch.Tensor)), "cpu")
