@@ -13,6 +13,7 @@ import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import sympy
 import torch
 from torch import fx
 from torch._C import _set_grad_enabled
@@ -27,6 +28,7 @@ from torch.fx.experimental.symbolic_shapes import guard_or_false
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._python_dispatch import _disable_current_modes as outside_dispatch_modes
+from torch.utils._sympy.functions import FloorDiv
 
 __all__ = [
     "DYNAMO_CONTROL",
@@ -58,6 +60,7 @@ __all__ = [
     "shielded_from_autocast",
     "size_expression",
     "size_hint",
+    "size_text",
     "tag_activation_checkpoint",
     "trace_atens",
 ]
@@ -104,6 +107,22 @@ def ignoring_fresh_symbols(mode: FakeTensorMode | None) -> Iterator[None]:
 def size_expression(size: Any) -> Any:
     """A size as an int, or as the sympy expression behind a symbolic one; reading it installs no guard."""
     return size.node.expr if isinstance(size, torch.SymInt) else size
+
+
+def size_text(size: Any) -> str:
+    """A size as text, equal for symbolic ones that differ by an exact quotient alone: ``(s**2)//s`` is ``s``.
+
+    Views leave such where two sizes are one symbol, as they are while a batch is as large as its rows are long.
+    """
+    expression = size_expression(size)
+    if not isinstance(expression, sympy.Expr):
+        return str(size)
+
+    def exact(whole: Any, by: Any) -> Any:
+        quotient = sympy.cancel(whole / by)
+        return quotient if sympy.denom(quotient) == 1 else FloorDiv(whole, by)
+
+    return str(expression.replace(FloorDiv, exact)) if expression.has(FloorDiv) else str(size)
 
 
 def shielded_from_autocast() -> contextlib.AbstractContextManager[None]:

@@ -113,7 +113,7 @@ def same_value(name: str, before: Any, after: Any, grad: bool = True) -> None:
 def _facts(value: torch.Tensor) -> tuple[str, ...]:
     """As text: comparing symbolic sizes by value would install guards. Sizes that depend on data (u0) have new names
     whenever a graph is propagated, and count as one another."""
-    facts = (str(tuple(value.shape)), str(_strides(value)))
+    facts = (str(tuple(map(compat.size_text, value.shape))), str(_strides(value)))
     shape, strides = (re.sub(r"\bu\d+\b", "u", one) for one in facts)
     return shape, str(value.dtype), str(value.device), strides, str(value.requires_grad)
 
@@ -123,7 +123,7 @@ def _strides(value: torch.Tensor) -> list[str]:
     sizes = list(map(str, value.shape))
     if value.layout is not torch.strided or "0" in sizes:
         return []
-    return [str(stride) for size, stride in zip(sizes, value.stride(), strict=True) if size != "1"]
+    return [compat.size_text(stride) for size, stride in zip(sizes, value.stride(), strict=True) if size != "1"]
 
 
 def _outputs(gm: fx.GraphModule) -> list[Any]:

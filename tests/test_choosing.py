@@ -26,7 +26,7 @@ from fxopt.passes import RULES
 from fxopt.report import GraphReport, Report
 from fxopt.rewrite import apply_rule, candidates
 from fxopt.rule import Cost, Refusal
-from fxopt.testing.laws import drawn_inputs
+from fxopt.testing.strategies import drawn_inputs
 
 ATTENTION, LOSS, NORM = (next(rule for rule in RULES if rule.name == name) for name in (
     "attention", "linear_cross_entropy", "norm"

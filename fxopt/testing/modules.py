@@ -20,11 +20,12 @@ from torch import Tensor, nn
 from fxopt.rule import Draw
 from fxopt.testing.attention_parts import KINDS, LOSS
 from fxopt.testing.parts import Params, Writer
+from fxopt.testing.tensors import LAYOUTS
 
 SETTING: dict[str, tuple[Any, ...]] = {
     "dtype": ("float64", "float32", "bfloat16"),
     "input": ("floats", "tokens"),
-    "layout": ("contiguous", "transposed", "strided", "offset", "expanded"),
+    "layout": (*LAYOUTS, "expanded"),
     "batch": (2, 1, 3, 0),
     "length": (5, 2, 8, 9, 12),
     "width": (16, 8, 24),
@@ -155,6 +156,13 @@ class ModuleSpec:
         by_attention = any(part.params.get("dropout") for part in self.parts)
         return by_attention or any(p.kind == "dropout" and p.params["p"] and p.params["training"] for p in self.parts)
 
+    def without_draws(self) -> ModuleSpec:
+        """The same without a dropout that drops anything."""
+        idle = {"dropout": 0.0, "p": 0.0}
+        kept = [dataclasses.replace(part, params={n: idle.get(n, v) for n, v in part.params.items()})
+                for part in self.parts]  # fmt: skip
+        return dataclasses.replace(self, parts=tuple(kept))
+
     def key(self) -> str:
         """The spec as JSON, equal for equal specs."""
         return json.dumps(dataclasses.asdict(self), sort_keys=True)
@@ -190,14 +198,8 @@ _FREEZE = [
 
 def laid_out(x: Tensor, layout: str, rows: int) -> Tensor:
     """`x` [1 or rows, length, width] as a tensor of its values and of that layout, requiring gradients, a leaf."""
-    made = {
-        "contiguous": lambda: x,
-        "transposed": lambda: x.transpose(0, 1).contiguous().transpose(0, 1),
-        "strided": lambda: torch.stack([x, x], dim=-1)[..., 0],
-        "offset": lambda: torch.cat([x, x], dim=-1)[..., x.shape[-1] :],
-        "expanded": lambda: x.expand(rows, -1, -1),
-    }[layout]()
-    return made.detach().requires_grad_()
+    placed = x.expand(rows, -1, -1) if layout == "expanded" else LAYOUTS[layout](x)
+    return placed.detach().requires_grad_()
 
 
 def _simpler(params: Params, choices: Mapping[str, tuple[Any, ...]]) -> Iterator[dict[str, Any]]:

@@ -170,7 +170,7 @@ def run_together(trials: Sequence[Trial]) -> list[Verdict]:
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            _Run(list(zip(trials, verdicts, strict=True))).judge()
+            Run(list(zip(trials, verdicts, strict=True))).judge()
         except Exception as error:
             for verdict in verdicts:
                 verdict.fail(*_told(error))
@@ -185,7 +185,7 @@ def _told(error: Exception) -> tuple[str, str]:
     return "exception", f"{type(error).__name__} at {place}: {error}"
 
 
-class _Run:
+class Run:
     """The steps of cases of one module: ours, eager's and the truth."""
 
     def __init__(self, cases: list[tuple[Trial, Verdict]]):
