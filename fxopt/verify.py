@@ -62,7 +62,8 @@ def same_interface(
 
     redrawn: names of random nodes of `before` that a rewrite replaced by draws of its own, and
     made:    names of the nodes of `after` that it made. The random operators besides those two must be the same ones
-             in the same order, and if any was redrawn, some node made must be random: else its numbers are constant.
+             in the same order, and if any was redrawn, some node made must be random: else its numbers are constant. If none
+             was, no node made may draw: all draws after it would come out different.
 
     Raises `VerificationError` naming the first difference.
     """
@@ -85,7 +86,7 @@ def same_interface(
 
 def _same_draws(before: fx.GraphModule, after: fx.GraphModule, redrawn: Collection[str], made: Collection[str]) -> None:
     old = [str(node.target) for node in _random(before) if node.name not in redrawn]
-    new = [str(node.target) for node in _random(after) if node.name not in made]
+    new = [str(node.target) for node in _random(after) if not redrawn or node.name not in made]
     if old != new:
         raise VerificationError(f"the random operators changed: {old} became {new}")
     if len(old) < len(_random(before)) and len(new) == len(_random(after)):

@@ -155,7 +155,7 @@ def judgeable(trial: Trial) -> bool:
     plain = spec.setting["dtype"] == "float64" and spec.setting["labels"] != "all ignored" and how["grad"]
     masks = {part.params.get("mask") for part in spec.parts}
     stops = any(part.kind in ("stop", "write") for part in spec.parts) or "by the scores" in masks
-    return plain and not stops and not how["resized"] and spec.setting["batch"] > 0 and not trial.options["verify"]
+    return plain and not stops and not how["resized"] and spec.setting["batch"] > 0
 
 
 def run(trial: Trial) -> Verdict:
