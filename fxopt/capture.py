@@ -193,7 +193,6 @@ class _Lowering:
                 new.meta = {"val": inner.meta.get("val")} | provenance
         return out
 
-
     def items(self, argument: fx.Node) -> list[fx.Node]:
         """What stands for `argument` in a trace: itself, or each item of a tuple that is passed whole (`x.size()`)."""
         new, value = self.env[argument], value_of(argument)

@@ -62,8 +62,8 @@ def same_interface(
 
     redrawn: names of random nodes of `before` that a rewrite replaced by draws of its own, and
     made:    names of the nodes of `after` that it made. The random operators besides those two must be the same ones
-             in the same order, and if any was redrawn, some node made must be random: else its numbers are constant. If none
-             was, no node made may draw: all draws after it would come out different.
+             in the same order, and if any was redrawn, some node made must be random: else its numbers are constant.
+             If none was, no node made may draw: all draws after it would come out different.
 
     Raises `VerificationError` naming the first difference.
     """

@@ -18,9 +18,9 @@ from fxopt.ops.attention import attention
 from fxopt.ops.key_intervals import key_intervals
 from fxopt.score.program import Program
 from fxopt.score.term import Term, apply, cast_to, constant, load, variable
-from fxopt.testing import tensors
+from fxopt.testing import layouts
 from fxopt.testing.compare import Step, compare
-from fxopt.testing.masks import dense
+from fxopt.testing.interval_masks import dense
 
 FEW = 64
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -284,7 +284,7 @@ def computed(small: bool, flash: bool | None = None) -> Iterator[None]:
         yield
 
 
-LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {"as projected": lambda t: t, **tensors.LAYOUTS}
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {"as projected": lambda t: t, **layouts.LAYOUTS}
 
 
 @st.composite

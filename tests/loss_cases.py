@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fxopt.ops.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_and_argmax
 from fxopt.testing.compare import Step, compare
-from fxopt.testing.tensors import LAYOUTS
+from fxopt.testing.layouts import LAYOUTS
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 NAMES = ("hidden", "weight", "bias")

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fxopt.ops.norm import NormSpec, norm
 from fxopt.testing.compare import Step, compare
-from fxopt.testing.tensors import LAYOUTS
+from fxopt.testing.layouts import LAYOUTS
 
 F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 Tensors = dict[str, Tensor]
@@ -36,7 +36,9 @@ def interpreted(tensors: Tensors, spec: NormSpec) -> tuple[Tensor, ...]:
     return ours(tensors, spec, "interpret")
 
 
-def draw(shape: tuple[int, ...], dtype: torch.dtype, parts: str = "", seed: int = 0, layout: str = "contiguous") -> Tensors:
+def draw(
+    shape: tuple[int, ...], dtype: torch.dtype, parts: str = "", seed: int = 0, layout: str = "contiguous"
+) -> Tensors:
     """x and those of residual, weight, bias and gate whose initials are in `parts`, all requiring gradients."""
     generator = torch.Generator().manual_seed(seed)
     made: Tensors = {}

@@ -1,7 +1,7 @@
 """Bugs put into rules on purpose: small patches, each with what must catch it, and a function that meets it.
 
-`BUGS` is for tests of verification (tests/test_seeded_bugs.py) and of ``fxopt bisect``: `rule` is a rule of fxopt's with
-one thing wrong, `options()` compile with it in place of the right one.
+`BUGS` is for tests of verification (tests/test_seeded_bugs.py) and of ``fxopt bisect``: `rule` is one of fxopt's rules
+with one thing wrong, `options()` compile with it in place of the right one.
 """
 
 from __future__ import annotations

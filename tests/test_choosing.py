@@ -540,11 +540,13 @@ def test_nothing_is_measured_on_a_cpu(monkeypatch):
     assert backend.chooser_for(fxopt.Options.parse({"choose": "never"}), {}) is None
 
 
+@pytest.mark.fault("a cache key that lacks options and version")
 def test_the_option_is_part_of_the_cache_key():
     keys = {fxopt.Options.parse({"choose": how}).cache_key() for how in ("measure", "never")}
     assert len(keys) == 2
 
 
+@pytest.mark.fault("CUDA graphs with gradient accumulation")
 def test_cuda_graphs_are_off_while_sites_are_measured(monkeypatch):
     seen = []
     monkeypatch.setattr(compat, "compile_graph", lambda gm, inputs, patches, key: seen.append(patches))

@@ -12,7 +12,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from fxopt.differential import same_function
+from fxopt.passes import precision
 from fxopt.passes.attention import RULE
+from fxopt.precision.policy import Policy
 from fxopt.rewrite import apply_rule
 from fxopt.verify import VerificationError
 
@@ -27,6 +29,7 @@ def test_a_tuple_of_symbolic_sizes_may_be_passed_whole() -> None:
     assert "aten.as_strided.default" in targets(found.module)
 
 
+@pytest.mark.fault("checkpoint and autograd.Function bodies")
 def test_attention_in_a_checkpoint_trains_uncompiled() -> None:
     """The differential check runs graphs so; a checkpoint unpacks what was saved once for each look at it."""
     fn = lambda q: checkpoint(attention, q, use_reentrant=False)  # noqa: E731
@@ -53,6 +56,19 @@ def test_a_batch_as_large_as_its_rows_are_long() -> None:
         return (attention(q).transpose(1, 2)).reshape(batch, length, 16)
 
     assert len(apply_rule(RULE, captured(fn, torch.randn(5, 5, 16), dynamic=True).module).rewrites) == 1
+
+
+def test_strides_that_differ_for_empty_tensors_alone() -> None:
+    """``Max(1, s - 1)`` and ``s - 1``: one was computed for a contiguous tensor, one for a product of casts."""
+
+    def fn(x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        logits = F.linear(x[:, :-1], w)
+        return logits.square().mean(), logits
+
+    graph = captured(fn, torch.randn(2, 5, 8), torch.randn(31, 8), dynamic=True).module
+    policy = Policy.parse("bf16")
+    assert policy is not None
+    assert "aten.to.dtype" in targets(precision.apply(graph, policy).module)
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """What fxopt tests itself with, for users' own models, rules and passes (docs/writing-a-rule.md).
 
 `assert_close_to_fp64` judges a model, `check_rule` a rule, `check_pass` a pass over canonical graphs. `strategies`,
-`masks` and `programs` draw what they work on. Those that draw need hypothesis: ``pip install "fxopt[test]"``.
+`interval_masks` and `programs` draw what they work on. Those that draw need hypothesis: ``pip install "fxopt[test]"``.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ _LATER = {
     "check_pass_on": "checks",
     "check_rule": "checks",
     "check_spelling": "checks",
-    "ModuleSpec": "modules",
-    "made": "tensors",
-    "literal": "tensors",
+    "ModuleSpec": "random_modules",
+    "made": "layouts",
+    "literal": "layouts",
     "modules": "strategies",
     "tensors": "strategies",
     "drawn_inputs": "strategies",
@@ -31,7 +31,9 @@ _LATER = {
 """Where the rest is: imported when asked for, since some of it needs hypothesis and all of it takes a while."""
 
 __all__ = [
-    "Comparison", "Error", "Step", "assert_close_to_fp64", "compare", "errors", "step", "truth", *_LATER,
+    "Comparison", "Error", "ModuleSpec", "Step", "assert_close_to_fp64", "captured", "check_laws", "check_pass",
+    "check_pass_on", "check_rule", "check_spelling", "check_symbolic", "compare", "drawn_inputs", "errors", "literal",
+    "made", "modules", "score_programs", "step", "targets", "tensors", "truth",
 ]  # fmt: skip
 
 

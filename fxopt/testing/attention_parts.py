@@ -63,8 +63,11 @@ def _attention(p: Params, w: Writer) -> None:
 
 
 def _rope(depth: int, w: Writer) -> None:
-    w.write(f"angle = torch.arange(length)[:, None] * torch.logspace(0, -2, {depth // 2})",
-            "cos, sin = torch.cat([angle, angle], -1).cos().to(h.dtype), torch.cat([angle, angle], -1).sin().to(h.dtype)")  # fmt: skip
+    w.write(
+        f"angle = torch.arange(length)[:, None] * torch.logspace(0, -2, {depth // 2})",
+        "angle = torch.cat([angle, angle], -1)",
+        "cos, sin = angle.cos().to(h.dtype), angle.sin().to(h.dtype)",
+    )
     for name in "qk":
         w.write(f"a, b = {name}.chunk(2, dim=-1)", f"{name} = {name} * cos + torch.cat([-b, a], -1) * sin")
 

@@ -20,7 +20,7 @@ from fxopt.rewrite import copy_module
 from fxopt.rule import Rule
 from fxopt.testing.graphs import targets
 from fxopt.testing.laws import check_laws, check_symbolic, chosen_of
-from fxopt.testing.modules import ModuleSpec
+from fxopt.testing.random_modules import ModuleSpec
 from fxopt.testing.strategies import drawn_with_code, modules
 from fxopt.testing.trial import HOW, OPTIONS, Run, Trial, Verdict
 
@@ -46,7 +46,7 @@ def check_rule(rule: Rule, max_examples: int = 25) -> None:
 
 
 def check_spelling(rule: Rule, spelling: Callable[..., Any], max_examples: int = 25, symbolic: bool = True) -> None:
-    """Check every law on one spelling of `rule`; with symbolic sizes on the first example alone, which costs a trace."""
+    """Check every law on one spelling of `rule`; with symbolic sizes on the first example alone."""
     seen: list[bool] = []
 
     @settings(max_examples=max_examples, **_SETTINGS)

@@ -1,9 +1,9 @@
 """The folder a fuzz run works from: cases that broke something, cases unlike all others, and how far the run got.
 
-    state.json          seed, how many cases were drawn, the features seen, totals
-    running.json        the cases that run now: if they are there at the start, they took the process down
-    failures/KEY.json   a case as small as it could be made, with KEY.py, which runs it
-    features/KEY.json   the first case of each feature; new cases are changes of these half of the time
+state.json          seed, how many cases were drawn, the features seen, totals
+running.json        the cases that run now: if they are there at the start, they took the process down
+failures/KEY.json   a case as small as it could be made, with KEY.py, which runs it
+features/KEY.json   the first case of each feature; new cases are changes of these half of the time
 """
 
 from __future__ import annotations

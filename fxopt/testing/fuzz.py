@@ -20,11 +20,11 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from fxopt.draw import SeededDraw
 from fxopt.commands import UsageError
+from fxopt.draw import SeededDraw
 from fxopt.rule import Draw
 from fxopt.testing.corpus import Corpus
-from fxopt.testing.modules import draw_part
+from fxopt.testing.random_modules import draw_part
 from fxopt.testing.trial import Trial, Verdict, draw_trial, judgeable, run, run_together, together
 
 TOGETHER = 8
@@ -41,7 +41,7 @@ class Fuzz:
         self.kinds: collections.Counter[str] = collections.Counter()
         self.counts: collections.Counter[str] = collections.Counter()
         self.failures: list[dict[str, Any]] = []
-        self.began = time.monotonic()
+        self.began = self.saved = time.monotonic()
 
     def run(self, show: Callable[[Fuzz], None] = lambda fuzz: None) -> dict[str, Any]:
         """Fuzz until the time or the limit is reached. Returns the summary, which is JSON."""
@@ -55,9 +55,17 @@ class Fuzz:
         while not self.over():
             self.turn()
             show(self)
-        self.corpus.state.seconds += time.monotonic() - self.began
-        self.corpus.save()
+            if self.corpus.state.drawn % 16 == 0:
+                self.save()
+        self.save()
         return self.summary()
+
+    def save(self) -> None:
+        """Write down how far it got, for a process that is ended."""
+        now = time.monotonic()
+        self.corpus.state.seconds += now - self.saved
+        self.saved = now
+        self.corpus.save()
 
     def over(self) -> bool:
         enough = self.limit is not None and self.corpus.state.cases >= self.limit

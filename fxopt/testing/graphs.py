@@ -14,7 +14,7 @@ from fxopt.capture import Capture, capture
 def captured(fn: Callable[..., Any], *args: Any, dynamic: bool | None = None) -> Capture:
     """The capture of the one graph that `fn` compiles to, run once on `args`.
 
-    ``captured(...).module.meta["inputs"]`` has what Dynamo would call it with: tensors, and symbolic sizes if `dynamic`.
+    ``captured(...).module.meta["inputs"]`` has what Dynamo calls it with: tensors, and symbolic sizes if `dynamic`.
     Raises torch's error where `fn` breaks into several graphs.
     """
     found: list[Capture] = []

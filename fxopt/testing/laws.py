@@ -18,13 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from fxopt import compat
 from fxopt.capture import trace
 from fxopt.differential import in_double, same_function
 from fxopt.effects import is_random
 from fxopt.rewrite import Outcome, apply_rule
 from fxopt.rule import Rule
 from fxopt.simplify import simplify
-from fxopt.testing.graphs import captured
 from fxopt.testing.nearness import FLOOR, too_far
 
 
@@ -37,7 +37,7 @@ def chosen_of(spelling: Callable[..., Any], values: Mapping[str, Any]) -> dict[s
 
 
 def check_laws(rule: Rule, spelling: Callable[..., Any], values: Mapping[str, Any]) -> None:
-    """Check laws 1 to 5 and 7. values: arguments by name, of which the spelling takes its own. Raises AssertionError."""
+    """Check laws 1 to 5 and 7. values: arguments by name; the spelling takes its own. Raises AssertionError."""
     chosen = chosen_of(spelling, values)
     original = trace(spelling, chosen)
     tensors = [value for value in chosen.values() if isinstance(value, Tensor)]
@@ -55,14 +55,12 @@ def check_laws(rule: Rule, spelling: Callable[..., Any], values: Mapping[str, An
 def check_symbolic(rule: Rule, spelling: Callable[..., Any], values: Mapping[str, Any]) -> None:
     """Check law 6. Raises AssertionError, or what the rule raises."""
     chosen = chosen_of(spelling, values)
-    tensors = {name: value for name, value in chosen.items() if isinstance(value, Tensor)}
-    call = lambda *given: spelling(**{**chosen, **dict(zip(tensors, given, strict=True))})  # noqa: E731
-    graph = captured(call, *tensors.values(), dynamic=True).module
+    tensors = [value for value in chosen.values() if isinstance(value, Tensor)]
+    graph = trace(spelling, dict(zip(chosen, compat.symbolic(list(chosen.values())), strict=True)))
     outcome = apply_rule(rule, graph, force=True)
     told = [reason for item in outcome.refusals for reason in item.reasons]
     assert outcome.rewrites or told, f"{rule.name} neither fires on {spelling.__name__} of any size nor says why not"
-    if not any(is_random(node) for node in graph.graph.nodes):
-        same_function(graph, outcome.module, graph.meta["inputs"])
+    same_function(graph, outcome.module, tensors)
 
 
 def _fired(rule: Rule, spelling: Callable[..., Any], original: fx.GraphModule) -> Outcome:
@@ -118,10 +116,11 @@ def own_gradient(graph: fx.GraphModule, tensors: list[Tensor]) -> None:
     for name, value in here.items():
         other = again[name]
         assert value is None or other is None or torch.equal(value, other), f"{name} does not repeat under a seed"
-    numeric = sum(float(_weighed(v) - _weighed(behind[n])) for n, v in ahead.items() if n.startswith("output")) / 2e-5  # type: ignore[arg-type]
-    gradients = {n: v for n, v in here.items() if n.startswith("gradient") and v is not None}
-    analytic = sum(float((v * along[int(n.rsplit(" ", 1)[1])]).sum()) for n, v in gradients.items())  # type: ignore[operator]
-    size = sum(float(v.square().sum()) for v in gradients.values()) ** 0.5
+    numeric = (_total(ahead) - _total(behind)) / 2e-5
+    gradients = [(here.get(f"gradient of input {at}"), direction) for at, direction in enumerate(along)]
+    paired = [(value, direction) for value, direction in gradients if value is not None and direction is not None]
+    analytic = sum(float((value * direction).sum()) for value, direction in paired)
+    size = sum(float(value.square().sum()) for value, _ in paired) ** 0.5
     assert abs(numeric - analytic) <= 1e-3 * max(size, abs(analytic), 1e-9), (
         f"gradients are not those of what was drawn: outputs change by {numeric:.4e}, the gradient says {analytic:.4e}"
     )
@@ -130,6 +129,11 @@ def own_gradient(graph: fx.GraphModule, tensors: list[Tensor]) -> None:
 def _seeded(graph: fx.GraphModule, tensors: list[Tensor]) -> dict[str, Tensor | None]:
     torch.manual_seed(0)
     return results_of(graph, tensors)
+
+
+def _total(found: Mapping[str, Tensor | None]) -> float:
+    """What gradients are taken of."""
+    return sum(float(_weighed(v)) for name, v in found.items() if name.startswith("output") and v is not None)
 
 
 def _double(value: Tensor) -> Tensor:

@@ -20,8 +20,8 @@ def too_far(exact: Named, eager: Sequence[Named], ours: Named, floor: float) -> 
     """The first tensor of `ours` that is farther from `exact` than the rule allows, with the numbers; None if none is.
 
     eager: one run, or several, of which the farthest from the truth says how far one may be. Names that begin with
-    "grad" are gradients. floor: relative error that is allowed in any case. NaN and infinities must be where they are in
-    the truth; where eager's are not, nothing can be said. Integers are left to the caller.
+    "grad" are gradients. floor: relative error that is allowed in any case. NaN and infinities must be where the truth
+    has them; where eager's are not, nothing can be said. Integers are left to the caller.
     """
     typical = typical_entry({name: value for name, value in exact.items() if name.startswith("grad")})
     for name, reference in exact.items():

@@ -1,4 +1,4 @@
-"""Hypothesis strategies: tensors, random modules, and what rules draw. Score programs and masks: `programs`, `masks`."""
+"""Hypothesis strategies: tensors, random modules, and what rules draw. See also `programs` and `interval_masks`."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fxopt.rule import Rule
-from fxopt.testing.modules import ModuleSpec, draw_module
-from fxopt.testing.tensors import LAYOUTS, code_of, made
+from fxopt.testing.layouts import LAYOUTS, code_of, made
+from fxopt.testing.random_modules import ModuleSpec, draw_module
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _DRAWN = ("contiguous", "transposed", "strided", "offset", "misaligned")

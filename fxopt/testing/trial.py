@@ -24,8 +24,8 @@ from fxopt.passes import RULES
 from fxopt.report import GraphReport
 from fxopt.rule import Draw
 from fxopt.testing.exact import Widen
-from fxopt.testing.modules import ModuleSpec, draw_module
 from fxopt.testing.nearness import FLOOR, too_far
+from fxopt.testing.random_modules import ModuleSpec, draw_module
 
 Named = dict[str, Tensor | None]
 NAMES = tuple(rule.name for rule in RULES)
@@ -200,7 +200,11 @@ class Run:
         once = functools.cache(capturing.capture)
         with compat.patched(capturing, "capture", once):
             calls = [self.compile(trial, verdict, gm, inputs) for trial, verdict in self.cases]
-        return lambda *args: calls[self.current](*args)
+
+        def current(*args: Any) -> Any:
+            return calls[self.current](*args)
+
+        return current
 
     def compile(self, trial: Trial, verdict: Verdict, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         try:
@@ -230,12 +234,12 @@ class Run:
                 for _, verdict in self.cases:
                     verdict.kind = verdict.kind or "invalid"
                 return
-            self.each(lambda v, inputs=inputs, shown=shown: self.judge_step(v, inputs, shown))
+            self.each(functools.partial(self.judge_step, inputs=inputs, shown=shown))
 
     def each(self, judge: Callable[[Verdict], None]) -> None:
         """`judge` of each case's verdict that has not failed yet."""
-        for self.current, (trial, verdict) in enumerate(self.cases):
-            self.how = trial.how
+        for at, (trial, verdict) in enumerate(self.cases):
+            self.current, self.how = at, trial.how
             self.ours.load_state_dict(self.model.state_dict())
             if verdict.kind:
                 continue
@@ -287,7 +291,7 @@ class Run:
         return loss + sum(terms) if terms else loss
 
     def judge_draws(self, verdict: Verdict) -> None:
-        """Random numbers differ between compilers; a seed must repeat, and the gradient be that of what was computed."""
+        """Random numbers are the compiler's own; a seed must repeat, and the gradient be that of what was computed."""
         inputs = self.spec.inputs()
         torch.manual_seed(3)
         found, _ = self.step(self.ours, inputs, self.compiled)

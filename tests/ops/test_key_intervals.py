@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fxopt.ops.key_intervals import FORWARD, key_intervals
 from fxopt.ops.registry import memory_of
-from fxopt.testing.masks import Arguments, dense, masks
+from fxopt.testing.interval_masks import Arguments, dense, masks
 
 TENSORS = ("documents", "keep", "rows", "lengths", "prefix")
 

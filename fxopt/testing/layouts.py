@@ -18,7 +18,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 """Other tensors of the same values: non-unit strides, offsets, a storage that begins before them.
 
-Expanded tensors are not among them: values are given, and need not repeat. See `fxopt.testing.modules.laid_out`.
+Expanded tensors are not among them: values are given, and need not repeat. See `fxopt.testing.random_modules.laid_out`.
 """
 
 

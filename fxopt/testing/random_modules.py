@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from fxopt.rule import Draw
 from fxopt.testing.attention_parts import KINDS, LOSS
+from fxopt.testing.layouts import LAYOUTS
 from fxopt.testing.parts import Params, Writer
-from fxopt.testing.tensors import LAYOUTS
 
 SETTING: dict[str, tuple[Any, ...]] = {
     "dtype": ("float64", "float32", "bfloat16"),
