@@ -8,9 +8,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from graphs import captured, targets
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from fxopt import compat
 from fxopt.differential import same_function
 from fxopt.passes import precision
 from fxopt.passes.attention import RULE
@@ -87,3 +88,17 @@ def test_a_dropout_drawn_anew_is_compared_with_nothing_dropped(fn: Callable[[Ten
     wrong = apply_rule(RULE, captured(lambda q: fn(q * 1.01), *graph.meta["inputs"]).module)
     with pytest.raises(VerificationError, match="output 0 differs"):
         same_function(graph, wrong.module, graph.meta["inputs"])
+
+
+def test_a_checkpointed_body_that_takes_a_number_is_cast() -> None:
+    """A symbolic size that a later layer fixes is passed to the body as a number."""
+    linear = nn.Linear(24, 7)
+    graph = captured(
+        lambda h: linear(checkpoint(attention, h, use_reentrant=False)),
+        torch.randn(2, 5, 24, requires_grad=True), dynamic=True,
+    ).module  # fmt: skip
+    (call,) = graph.graph.find_nodes(op="call_function", target=compat.tag_activation_checkpoint)
+    assert 24 in call.args
+    policy = Policy.parse("bf16")
+    assert policy is not None
+    assert "aten.to.dtype" in targets(precision.apply(graph, policy).module)
