@@ -26,7 +26,7 @@ def made(
     *shape: int, dtype: torch.dtype, seed: int = 0, layout: str = "contiguous", requires_grad: bool = False
 ) -> Tensor:
     """Normal values of `seed`, a leaf. layout: a key of `LAYOUTS`. `requires_grad` counts for floating dtypes."""
-    drawn = torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    drawn = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
     return LAYOUTS[layout](drawn).requires_grad_(requires_grad and dtype.is_floating_point)
 
 
