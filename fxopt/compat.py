@@ -15,6 +15,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import sympy
 import torch
 from torch import fx
 from torch._C import _set_grad_enabled
@@ -26,10 +27,11 @@ from torch._ops import HigherOrderOperator, OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.experimental.symbolic_shapes import guard_or_false
+from torch.fx.experimental.symbolic_shapes import ShapeEnv, guard_or_false
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._python_dispatch import _disable_current_modes as outside_dispatch_modes
+from torch.utils._sympy.functions import FloorDiv, Max
 
 __all__ = [
     "DYNAMO_CONTROL",
@@ -73,6 +75,8 @@ __all__ = [
     "shielded_from_autocast",
     "size_expression",
     "size_hint",
+    "size_text",
+    "symbolic",
     "tag_activation_checkpoint",
     "trace_artifact",
     "trace_atens",
@@ -138,6 +142,36 @@ def ignoring_fresh_symbols(mode: FakeTensorMode | None) -> Iterator[None]:
 def size_expression(size: Any) -> Any:
     """A size as an int, or as the sympy expression behind a symbolic one; reading it installs no guard."""
     return size.node.expr if isinstance(size, torch.SymInt) else size
+
+
+def size_text(size: Any) -> str:
+    """A size or stride as text, equal for symbolic ones that are equal wherever there are elements.
+
+    Exact quotients are carried out: views leave ``(s**2)//s`` where two sizes are one symbol, as they are while a batch
+    is as large as its rows are long. ``Max(1, s)``, which contiguous strides have for empty tensors' sake, is s.
+    """
+    expression = size_expression(size)
+    if not isinstance(expression, sympy.Expr) or expression.is_Atom:
+        return str(size)
+
+    def exact(whole: Any, by: Any) -> Any:
+        quotient = sympy.cancel(whole / by)
+        return quotient if sympy.denom(quotient) == 1 else FloorDiv(whole, by)
+
+    def at_least_one(*items: Any) -> Any:
+        others = [item for item in items if item != 1]
+        return others[0] if len(others) == 1 and len(items) == 2 else Max(*items)
+
+    plain = expression.replace(FloorDiv, exact)
+    for kind in (sympy.Max, Max):
+        plain = plain.replace(kind, at_least_one)
+    return str(sympy.expand(plain))
+
+
+def symbolic(values: Sequence[Any]) -> list[Any]:
+    """Fake tensors of one mode in the place of real ones, whose sizes above 1 are symbols; equal sizes share one."""
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    return [mode.from_tensor(value) if isinstance(value, torch.Tensor) else value for value in values]
 
 
 def shielded_from_autocast() -> contextlib.AbstractContextManager[None]:

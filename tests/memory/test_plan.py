@@ -7,16 +7,16 @@ from typing import Any
 
 import pytest
 import torch
+from allocations import peak_bytes
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from planned import Planned, request
 from torch import nn
 from torch.nn import functional as F
 
-from allocations import peak_bytes
 from fxopt import compat
 from fxopt.errors import BudgetError, OptionError
 from fxopt.memory.plan import KEPT, RECOMPUTED
-from planned import Planned, request
 
 WIDTH, TOKENS = 32, 64
 
