@@ -1,4 +1,4 @@
-"""Plans without Inductor: a graph is cut by the plan and both halves run as they are, in a second instead of a minute."""
+"""Plans without Inductor: a graph is cut by the plan and both halves run as they are, in seconds instead of minutes."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from torch import Tensor, fx
 
 from fxopt import compat
 from fxopt.capture import trace
-from fxopt.differential import same_function
+from fxopt.differential import in_double, same_function
 from fxopt.effects import is_random
 from fxopt.rewrite import Outcome, apply_rule
 from fxopt.rule import Rule
