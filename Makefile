@@ -5,13 +5,14 @@ BIN     := $(VENV)/bin
 READY   := $(VENV)/.stamp
 OUT     := out
 RESULTS := bench/results/cpu
+FUZZ_MINUTES ?= 10
 
 # One thread a test process and one kernel cache for all of them: the C++ kernels are keyed on their source.
 TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TORCHINDUCTOR_CACHE_DIR=$(CURDIR)/$(OUT)/inductor
 PYTEST   := $(TEST_ENV) $(BIN)/python -m pytest -n 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all bench bench-gpu lint clean
+.PHONY: help demo test test-all fuzz faults bench bench-gpu lint clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -33,6 +34,12 @@ test: lint  ## lint, types and every test that is not slow
 test-all: lint  ## the same with the slow tests
 	$(PYTEST)
 	TRITON_INTERPRET=1 $(PYTEST) tests/interpret
+
+fuzz: $(READY)  ## random modules under every option against fp64, FUZZ_MINUTES=10 (docs/reliability.md)
+	$(TEST_ENV) $(BIN)/python -m fxopt.testing.fuzz --minutes $(FUZZ_MINUTES) --corpus $(OUT)/fuzz --json $(OUT)/fuzz.json
+
+faults: $(READY)  ## rewrite the table of faults in docs/reliability.md from the tests
+	$(BIN)/python tests/faults.py
 
 bench: $(READY)  ## measure on this machine and rewrite the README's table (about 75 minutes)
 	@code=0; \

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import fx
 
 from fxopt import capture as capturing
-from fxopt import compat, verify
+from fxopt import compat, repro, verify
 from fxopt.choice import Choice
 from fxopt.choosing import Chooser
 from fxopt.differential import same_function
 from fxopt.fake import without_autocast
 from fxopt.fallback import warn_once
+from fxopt.limits import Limit, limit
 from fxopt.memory.plan import Plan
 from fxopt.options import Options
 from fxopt.outputs import OutputPlan, defer_outputs
@@ -23,9 +26,11 @@ from fxopt.passes import precision
 from fxopt.precision.policy import Policy
 from fxopt.report import GraphReport, Report, record, reports
 from fxopt.rewrite import Chooses, apply_rule, copy_module
-from fxopt.rule import Rule, Site
+from fxopt.rule import Place, Rule, Site
 from fxopt.stages import Stages
 from fxopt.version import VERSION
+
+INTERFACE = "same outputs, aliasing, in-place writes and random operators as before"
 
 Compiler = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]
 
@@ -47,13 +52,16 @@ def fxopt(
     key = f"fxopt {VERSION} {parsed.cache_key()}"
     name = f"graph {len(reports())}"
 
+    limited = limit()
     plans: list[Plan | None] = [None]
 
     def compiler(graph: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        if limited is not None and limited.compiler != "inductor":
+            return uncompiled(graph, inputs, limited.compiler)
         compiled, plans[0] = compile_planned(graph, inputs, patches, key, parsed)
         return compiled
 
-    found, compiled = run(gm, example_inputs, parsed, compiler, name, chooser_for(parsed, patches))
+    found, compiled = run(gm, example_inputs, parsed, compiler, name, chooser_for(parsed, patches), limited=limited)
     found.plan = plans[0]
     record(Report([found]))
     return compiled
@@ -82,6 +90,11 @@ def compile_planned(
         return compat.compile_graph(graph, inputs, patches, key), None
 
 
+def uncompiled(graph: fx.GraphModule, inputs: Sequence[Any], how: str) -> Callable[..., Any]:
+    """`graph` run by PyTorch: "aot_eager" as AOTAutograd makes it, "eager" as it is."""
+    return graph.forward if how == "eager" else compat.aot_backend(lambda joint: None)(graph, list(inputs))
+
+
 def chooser_for(options: Options, patches: Mapping[str, Any] | None) -> Chooser | None:
     """What measures sites under these options, with Inductor configured by `patches`; None: it only recalls.
 
@@ -103,15 +116,20 @@ def run(
     compiler: Compiler,
     name: str = "graph 0",
     chooser: Chooses | None = None,
+    *,
+    outlined: bool = False,
+    limited: Limit | None = None,
 ) -> tuple[GraphReport, Callable[..., Any]]:
     """Take one Dynamo graph through the stages. Returns what was decided and the callable for Dynamo.
 
-    chooser: what each site is measured by; None: nothing is.
+    chooser: what each site is measured by; None: nothing is. outlined, limited: see `Stages`.
     """
-    stages, nothing = Stages(gm, options, name), list[str]()
+    stages, nothing = Stages(gm, options, name, outlined, limited), list[str]()
+    if not stages.allows("capture", stages.write_repro):
+        return stages.finish(), compiler(gm, inputs)
     graph = stages.run("capture", lambda: capture(gm, stages), otherwise=gm)
     mixed: precision.Precision | None = None
-    if options.precision is not None:
+    if options.precision is not None and stages.allows("precision", stages.write_repro):
         policy = options.precision
         graph, mixed = stages.run("precision", lambda: cast(graph, policy, stages), otherwise=(graph, mixed))
     with contextlib.nullcontext() if mixed is None else without_autocast():  # its casts are all there are
@@ -131,7 +149,7 @@ def run(
 def capture(gm: fx.GraphModule, stages: Stages) -> fx.GraphModule:
     """Stage 1: the canonical graph."""
     captured = capturing.capture(gm)
-    with stages.timed("verify"):
+    with stages.checking("capture", "the graph is canonical: ATen, with fake values that are fresh"):
         verify.canonical(captured.module)
     stages.report.notes += [f"kept as it is, so no rule sees through it: {reason}" for reason in captured.kept]
     return captured.module
@@ -151,23 +169,33 @@ def rewrite(
     """Stage 3: each rule in turn, on the graph the last one left. A rule that fails is left out of this graph."""
     deferrable: list[str] = []
     measuring = None if chooser is None else _Timed(chooser, stages)
+    permits = None if stages.limit is None else functools.partial(_permits, stages)
     for rule in stages.options.active_rules():
         forced = rule.name in stages.options.force
 
         def apply(rule: Any = rule, forced: bool = forced, gm: fx.GraphModule = gm) -> Any:
-            outcome = apply_rule(
-                rule,
-                gm,
-                force=forced,
-                may_defer=stages.options.logits == "deferred",
-                lowering=stages.options.kernels,
-                chooser=measuring,
-            )
-            if stages.options.verify and outcome.rewrites:
-                with stages.timed("verify"):
-                    same_function(gm, outcome.module, inputs)
+            try:
+                outcome = apply_rule(
+                    rule,
+                    gm,
+                    force=forced,
+                    may_defer=stages.options.logits == "deferred",
+                    lowering=stages.options.kernels,
+                    chooser=measuring,
+                    permits=permits,
+                )
+            except verify.VerificationError as error:
+                stages.checked(f"rule {rule.name}", INTERFACE, error)
+                raise
+            if outcome.rewrites:
+                stages.checked(f"rule {rule.name}", INTERFACE)
+                if stages.options.verify:
+                    with stages.checking(f"rule {rule.name}", "outputs and gradients agree in fp64"):
+                        same_function(gm, outcome.module, inputs)
             return outcome
 
+        if not stages.allows("rewrite", stages.write_repro, rule=rule.name):
+            break  # it may fail as it looks for sites
         outcome = stages.guarded(f"rule {rule.name}", apply, otherwise=None)
         if outcome is not None:
             gm = outcome.module
@@ -175,6 +203,20 @@ def rewrite(
             stages.report.refusals += outcome.refusals
             deferrable += outcome.deferrable
     return gm, deferrable
+
+
+def _permits(stages: Stages, rule: Rule, site: Site, replacement: Callable[..., Any]) -> bool:
+    """Whether the limit lets `site` be rewritten; if it is the last that may be, it is kept for a repro."""
+    place = Place.of(site.anchor)
+
+    def write(directory: Path) -> None:
+        repro.write_site(site, replacement, directory)
+        stages.write_repro(directory)
+
+    return stages.allows(
+        "rewrite", write, rule=rule.name,
+        node=site.anchor.name, source=place.source, code=place.code, module=place.module,
+    )  # fmt: skip
 
 
 class _Timed:
@@ -190,12 +232,19 @@ class _Timed:
 
 def defer(gm: fx.GraphModule, names: Sequence[str], stages: Stages) -> tuple[fx.GraphModule, OutputPlan]:
     """Stage 4: outputs that only the caller may read leave the graph."""
-    if not names:
+    if not names or not stages.allows("outputs", stages.write_repro):
         return gm, OutputPlan()
     graph = copy_module(gm)
     plan = defer_outputs(graph, names)
     stages.report.deferred += [item.projection.name for item in plan.deferred]
     return graph, plan
+
+
+def name_of(model: torch.nn.Module | Callable[..., Any]) -> str:
+    """What a report calls `model`: its class with its parameters counted, or a function's name."""
+    if not isinstance(model, torch.nn.Module):
+        return getattr(model, "__name__", type(model).__name__)
+    return f"{type(model).__name__}, {sum(one.numel() for one in model.parameters()):,} parameters"
 
 
 def explain(
@@ -208,11 +257,13 @@ def explain(
     `Report` over all graphs. Raises `OptionError` for a bad option, and whatever the model raises.
     """
     parsed = Options.parse(options)
-    found = Report()
+    found = Report(model=name_of(model))
 
     def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         name = f"graph {len(found.graphs)}"
-        graph, _ = run(gm, inputs, parsed, lambda graph, _: graph.forward, name, chooser_for(parsed, None))
+        graph, _ = run(
+            gm, inputs, parsed, lambda graph, _: graph.forward, name, chooser_for(parsed, None), outlined=True
+        )
         graph.timings.pop("compile", None)
         found.graphs.append(graph)
         return gm.forward

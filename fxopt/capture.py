@@ -170,13 +170,16 @@ class _Lowering:
         state = (torch.is_grad_enabled(), str(autocast_state()))
         key = (node.op, str(node.target), written, state, *map(_signature, values))
         if key not in self.memo:
-            self.memo[key] = compat.trace_atens(_call(node, position), values)
+            leaves, spec = pytree.tree_flatten(values)
+            call = _call(node, position)
+            self.memo[key] = compat.trace_atens(lambda *flat: call(*pytree.tree_unflatten(flat, spec)), leaves)
             self.result.traced += 1
         return self.memo[key]
 
     def splice(self, traced: fx.GraphModule, node: fx.Node, inputs: list[fx.Node]) -> Any:
         holes = [inner for inner in traced.graph.nodes if inner.op == "placeholder"]
-        env: dict[fx.Node, Any] = dict(zip(holes, (self.env[argument] for argument in inputs), strict=True))
+        given_by = [item for argument in inputs for item in self.items(argument)]
+        env: dict[fx.Node, Any] = dict(zip(holes, given_by, strict=True))
         env |= {
             inner: self.constant(getattr(traced, inner.target))
             for inner in traced.graph.nodes
@@ -189,6 +192,17 @@ class _Lowering:
             if inner not in given:
                 new.meta = {"val": inner.meta.get("val")} | provenance
         return out
+
+    def items(self, argument: fx.Node) -> list[fx.Node]:
+        """What stands for `argument` in a trace: itself, or each item of a tuple that is passed whole (`x.size()`)."""
+        new, value = self.env[argument], value_of(argument)
+        if not isinstance(value, tuple | list) or not all(map(_is_leaf, value)):
+            return [new]
+        return [self.graph.call_function(operator.getitem, (new, index)) for index in range(len(value))]
+
+
+def _is_leaf(value: Any) -> bool:
+    return not isinstance(value, tuple | list | dict)
 
 
 class _Hole(int):

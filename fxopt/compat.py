@@ -15,6 +15,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import sympy
 import torch
 from torch import fx
 from torch._C import _set_grad_enabled
@@ -26,10 +27,11 @@ from torch._ops import HigherOrderOperator, OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.experimental.symbolic_shapes import guard_or_false
+from torch.fx.experimental.symbolic_shapes import ShapeEnv, guard_or_false
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._python_dispatch import _disable_current_modes as outside_dispatch_modes
+from torch.utils._sympy.functions import FloorDiv, Max
 
 __all__ = [
     "DYNAMO_CONTROL",
@@ -45,6 +47,7 @@ __all__ = [
     "PassesThroughDynamo",
     "TorchDispatchMode",
     "aot_backend",
+    "aot_backend_by",
     "apart",
     "compile_graph",
     "decompose_within",
@@ -56,6 +59,7 @@ __all__ = [
     "fusible",
     "guard_or_false",
     "ignoring_fresh_symbols",
+    "inductor_cache_directory",
     "inductor_option_names",
     "inherit_from_dynamo",
     "is_traced",
@@ -73,7 +77,10 @@ __all__ = [
     "shielded_from_autocast",
     "size_expression",
     "size_hint",
+    "size_text",
+    "symbolic",
     "tag_activation_checkpoint",
+    "trace_artifact",
     "trace_atens",
 ]
 
@@ -137,6 +144,36 @@ def ignoring_fresh_symbols(mode: FakeTensorMode | None) -> Iterator[None]:
 def size_expression(size: Any) -> Any:
     """A size as an int, or as the sympy expression behind a symbolic one; reading it installs no guard."""
     return size.node.expr if isinstance(size, torch.SymInt) else size
+
+
+def size_text(size: Any) -> str:
+    """A size or stride as text, equal for symbolic ones that are equal wherever there are elements.
+
+    Exact quotients are carried out: views leave ``(s**2)//s`` where two sizes are one symbol, as they are while a batch
+    is as large as its rows are long. ``Max(1, s)``, which contiguous strides have for empty tensors' sake, is s.
+    """
+    expression = size_expression(size)
+    if not isinstance(expression, sympy.Expr) or expression.is_Atom:
+        return str(size)
+
+    def exact(whole: Any, by: Any) -> Any:
+        quotient = sympy.cancel(whole / by)
+        return quotient if sympy.denom(quotient) == 1 else FloorDiv(whole, by)
+
+    def at_least_one(*items: Any) -> Any:
+        others = [item for item in items if item != 1]
+        return others[0] if len(others) == 1 and len(items) == 2 else Max(*items)
+
+    plain = expression.replace(FloorDiv, exact)
+    for kind in (sympy.Max, Max):
+        plain = plain.replace(kind, at_least_one)
+    return str(sympy.expand(plain))
+
+
+def symbolic(values: Sequence[Any]) -> list[Any]:
+    """Fake tensors of one mode in the place of real ones, whose sizes above 1 are symbols; equal sizes share one."""
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    return [mode.from_tensor(value) if isinstance(value, torch.Tensor) else value for value in values]
 
 
 def shielded_from_autocast() -> contextlib.AbstractContextManager[None]:
@@ -393,15 +430,37 @@ def extern_kernel(name: str) -> Callable[..., Any]:
     return found
 
 
+def trace_artifact(name: str, encoding: str, text: Callable[[], str]) -> None:
+    """Put a file `name` into torch's structured trace (``TORCH_TRACE=dir``), which tlparse shows; else do nothing.
+
+    encoding: "json" or "string". text: called only where there is a trace.
+    """
+    torch._logging.trace_structured("artifact", lambda: {"name": name, "encoding": encoding}, payload_fn=text)
+
+
+def inductor_cache_directory() -> str:
+    """Where Inductor keeps what it compiled."""
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    return str(cache_dir())
+
+
 def aot_backend(look: Callable[[fx.GraphModule], None]) -> Callable[..., Any]:
     """A backend that runs graphs as AOTAutograd makes them, uncompiled, and shows `look` each joint graph."""
-    from torch._dynamo.backends.common import aot_autograd
 
     def partition_fn(joint: fx.GraphModule, inputs: Any, **how: Any) -> Any:
         look(joint)
         return partitioners.min_cut_rematerialization_partition(joint, inputs, **how)
 
-    return aot_autograd(fw_compiler=lambda gm, _: gm, partition_fn=partition_fn)
+    return aot_backend_by(partition_fn)
+
+
+def aot_backend_by(partition_fn: Callable[..., Any]) -> Callable[..., Any]:
+    """A backend that runs graphs as `partition_fn` cuts them, node by node; each value goes after its last use."""
+    from torch._dynamo.backends.common import aot_autograd
+    from torch._functorch.aot_autograd import boxed_nop_preserve_node_meta
+
+    return aot_autograd(fw_compiler=boxed_nop_preserve_node_meta, partition_fn=partition_fn)
 
 
 @contextlib.contextmanager

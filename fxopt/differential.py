@@ -14,6 +14,8 @@ import torch
 from torch import fx
 
 from fxopt import compat
+from fxopt.effects import is_random
+from fxopt.fake import bound_arguments
 from fxopt.rewrite import copy_module
 from fxopt.verify import VerificationError
 
@@ -26,14 +28,22 @@ _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 def same_function(before: fx.GraphModule, after: fx.GraphModule, inputs: Sequence[Any]) -> None:
     """Check that both graphs give the same outputs and input gradients in fp64 on `inputs` (tensors and numbers).
 
+    Symbolic numbers among `inputs` stand for those they were traced with: a real tensor takes no other.
+
+    Where one draws other random numbers than the other, a dropout drawn anew, both are run with nothing dropped.
+
     Outputs that are integers are compared as numbers are: an argmax of fp64 values has no ties that are not exact.
 
     Raises `VerificationError` naming the output or input, and the error. Nothing of `inputs` is changed.
     """
+    modules = [in_double(before), in_double(after)]
+    if _draws(before) != _draws(after):
+        for module in modules:
+            _drop_nothing(module)
     with torch.random.fork_rng(devices=[]):
-        one = _run(before, inputs)
+        one = _run(modules[0], inputs)
     with torch.random.fork_rng(devices=[]):
-        other = _run(after, inputs)
+        other = _run(modules[1], inputs)
     typical = typical_entry({name: value for name, value in one.items() if "gradient" in name})
     for name in one:
         error = relative_error(other[name], one[name], typical if "gradient" in name else 0.0)
@@ -64,9 +74,46 @@ def typical_entry(gradients: Mapping[str, torch.Tensor | None]) -> float:
     return math.sqrt(sum(float(g.square().sum()) for g in present) / count) if count else 0.0
 
 
-def _run(gm: fx.GraphModule, inputs: Sequence[Any]) -> dict[str, torch.Tensor | None]:
-    module = in_double(gm)
-    given = [_double(item) for item in inputs]
+def _graphs(gm: fx.GraphModule) -> list[fx.GraphModule]:
+    return [module for module in gm.modules() if isinstance(module, fx.GraphModule)]
+
+
+def _draws(gm: fx.GraphModule) -> list[str]:
+    """The random operators of `gm` and its bodies, in order."""
+    return [str(node.target) for one in _graphs(gm) for node in one.graph.nodes if _is_random(node)]
+
+
+def _is_random(node: fx.Node) -> bool:
+    """Whether `node` draws, or is an operator of fxopt's that drops by a seed drawn elsewhere."""
+    return node.op == "call_function" and (is_random(node) or bool(_rate(node)))
+
+
+def _rate(node: fx.Node) -> str:
+    """The argument of `node` that says how much is dropped, where that is more than 0; "" for none."""
+    if node.op != "call_function" or not isinstance(node.target, compat.OpOverload):
+        return ""
+    given = bound_arguments(node)
+    named = [name for name in ("dropout_p", "dropout", "p") if isinstance(given.get(name), float) and given[name]]
+    drops = "dropout" in str(node.target) or "attention" in str(node.target)
+    return named[0] if named and drops else ""
+
+
+def _drop_nothing(gm: fx.GraphModule) -> None:
+    """Set every dropout of `gm`, in place, to 0."""
+    for module in _graphs(gm):
+        for node in module.graph.nodes:
+            rate = _rate(node)
+            if rate:
+                at = [argument.name for argument in node.target._schema.arguments].index(rate)
+                if at < len(node.args):
+                    node.update_arg(at, 0.0)
+                else:
+                    node.update_kwarg(rate, 0.0)
+        module.recompile()
+
+
+def _run(module: fx.GraphModule, inputs: Sequence[Any]) -> dict[str, torch.Tensor | None]:
+    given = [_double(compat.size_hint(item)) for item in inputs]
     leaves = [item for item in given if isinstance(item, torch.Tensor) and item.requires_grad]
     work = [item.clone() if isinstance(item, torch.Tensor) else item for item in given]
     device = next((item.device.type for item in given if isinstance(item, torch.Tensor)), "cpu")

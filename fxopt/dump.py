@@ -17,10 +17,11 @@ from torch import fx
 
 from fxopt import compat
 from fxopt.fake import value_of
+from fxopt.outline import kind_of
 from fxopt.rewrite import copy_module
 from fxopt.rule import Place
 
-_HEADER = '''"""{title}
+HEADER = '''"""{title}
 
 Written by fxopt; run it with Python to execute the graph on random inputs.
 """
@@ -32,7 +33,7 @@ import fxopt.ops  # registers fxopt's operators
 
 '''
 
-_FOOTER = '''
+_INPUTS = '''
 
 def inputs():
     """Random inputs of the recorded shapes, dtypes and strides."""
@@ -40,7 +41,9 @@ def inputs():
     return [
 {inputs}
     ]
+'''
 
+_RUN = """
 
 if __name__ == "__main__":
     results = {root}()(*inputs())
@@ -51,24 +54,23 @@ if __name__ == "__main__":
     if losses:
         sum(losses).backward()
         print("backward ran")
-'''
+"""
 
 
 def to_source(gm: fx.GraphModule, title: str, epilogue: str = "") -> str:
     """`gm`, whose nodes carry fake values, as a runnable Python file."""
     gm = _with_short_names(copy_module(gm))
     classes: list[str] = []
-    root = _class_source(gm, "Graph", classes)
-    inputs = [
-        f"        {_input_source(value_of(node))},  # {node.name}"
-        for node in gm.graph.nodes
-        if node.op == "placeholder"
-    ]
-    return (
-        _HEADER.format(title=title)
-        + "\n\n".join(classes)
-        + _FOOTER.format(inputs="\n".join(inputs), root=root)
-        + epilogue
+    root = class_source(gm, "Graph", classes)
+    written = "\n\n".join(classes)
+    return HEADER.format(title=title) + written + inputs_source(gm) + _RUN.format(root=root) + epilogue
+
+
+def inputs_source(gm: fx.GraphModule) -> str:
+    """A function `inputs()` that draws what `gm` takes."""
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    return _INPUTS.format(
+        inputs="\n".join(f"        {_input_source(value_of(node))},  # {node.name}" for node in placeholders)
     )
 
 
@@ -95,7 +97,8 @@ def write(gm: fx.GraphModule, path: Path, title: str, epilogue: str = "") -> Pat
     return path
 
 
-def _class_source(gm: fx.GraphModule, name: str, classes: list[str]) -> str:
+def class_source(gm: fx.GraphModule, name: str, classes: list[str]) -> str:
+    """Add a module `name` that computes `gm` to `classes`, after those of its bodies. Returns `name`."""
     made = []
     for target in dict.fromkeys(str(node.target) for node in gm.graph.nodes if node.op in ("get_attr", "call_module")):
         value = operator.attrgetter(target)(gm)
@@ -109,7 +112,7 @@ def _class_source(gm: fx.GraphModule, name: str, classes: list[str]) -> str:
 def _attribute_source(value: Any, name: str, classes: list[str]) -> str:
     if isinstance(value, fx.GraphModule):
         # A higher-order operator interprets its body, so it must be a graph again.
-        return f"fx.symbolic_trace({_class_source(value, name, classes)}())"
+        return f"fx.symbolic_trace({class_source(value, name, classes)}())"
     if isinstance(value, torch.Tensor):
         if value.numel() <= 64 and not _is_fake(value):
             return f"torch.tensor({value.tolist()!r}, dtype={value.dtype})"
@@ -132,17 +135,17 @@ def _annotated(gm: fx.GraphModule) -> Iterator[str]:
         node = nodes.get(match.group(1)) if match else None
         if node is not None and node.op not in ("placeholder", "get_attr"):
             where = _comment(node)
-            if where != last:
+            if where != last and any(where):
                 yield f"        # {' '.join(part for part in where if part)}"
-                last = where
-            line = f"{line.split(';')[0]}  # {_type_text(value_of(node))}"
+            last = where
+            line = f"{line.split(';')[0]}  # {kind_of(value_of(node))}"
         yield f"    {line}"
 
 
 def _wrapped_signature(gm: fx.GraphModule) -> str:
     """One argument a line, with its type: a model has hundreds."""
     arguments = [
-        f"        {node.target},  # {_type_text(value_of(node))}" for node in gm.graph.find_nodes(op="placeholder")
+        f"        {node.target},  # {kind_of(value_of(node))}" for node in gm.graph.find_nodes(op="placeholder")
     ]
     return "\n".join(["def forward(", "        self,", *arguments, "    ):"])
 
@@ -151,12 +154,6 @@ def _comment(node: fx.Node) -> tuple[str, str]:
     place = Place.of(node)
     rule = f"[made by rule {node.meta['rule']}]" if "rule" in node.meta else ""
     return f"{place}: {place.code}" if place.source else "", rule
-
-
-def _type_text(value: Any) -> str:
-    if isinstance(value, torch.Tensor):
-        return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
-    return type(value).__name__
 
 
 def _input_source(value: Any) -> str:

@@ -7,11 +7,15 @@ from collections.abc import Sequence
 
 from fxopt import compat
 
-__all__ = ["BudgetError", "OptionError", "brief", "nearest"]
+__all__ = ["BudgetError", "OptionError", "ReportError", "brief", "nearest"]
 
 
 class OptionError(compat.PassesThroughDynamo, ValueError):
     """An option the user gave cannot be honoured; the message names the value and the way out."""
+
+
+class ReportError(ValueError):
+    """A report that was written cannot be read; the message says which, why, and what to do."""
 
 
 def brief(error: BaseException) -> str:

@@ -6,6 +6,7 @@ import collections
 import dataclasses
 import io
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,13 @@ from rich.table import Table
 from rich.text import Text
 
 from fxopt.choice import Choice, Measured
+from fxopt.errors import ReportError
 from fxopt.memory.plan import Plan
+from fxopt.outline import Outline
 from fxopt.precision.casts import Cast
+from fxopt.report_format import FORMAT, readable
 from fxopt.rule import Place, Refusal, Rewrite
+from fxopt.version import versions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +34,15 @@ class SiteKernel:
     site: str
     kernel: str
     path: Path
+
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """Something that was verified: of which part, what, and in a word or two what was wrong; "" where nothing was."""
+
+    part: str
+    what: str
+    failure: str = ""
 
 
 @dataclasses.dataclass
@@ -45,6 +59,9 @@ class GraphReport:
     files:    what `options={"dump": dir}` wrote.
     kernels:  of those files the sources of kernels, once for each site that launches one.
     plan:     the memory plan; None without a budget.
+    inputs:   how many inputs of the Dynamo graph are of each kind ("float32[64, 64]"): what tells models apart.
+    checks:   what was verified, in order.
+    outline:  the graphs after each stage, where they are recorded (`fxopt.explain`, a dump); else None.
     """
 
     name: str
@@ -58,6 +75,9 @@ class GraphReport:
     files: list[Path] = dataclasses.field(default_factory=list)
     kernels: list[SiteKernel] = dataclasses.field(default_factory=list)
     plan: Plan | None = None
+    inputs: dict[str, int] = dataclasses.field(default_factory=dict)
+    checks: list[Check] = dataclasses.field(default_factory=list)
+    outline: Outline | None = None
 
 
 @dataclasses.dataclass
@@ -65,9 +85,14 @@ class Report:
     """What fxopt did to a model: one `GraphReport` a graph, and their sums.
 
     `print(report)` leads with the verdict; `report.to_json()` holds everything.
+
+    model:    what was explained, in words; "" for what was compiled in the course of training.
+    versions: of fxopt and of what it stands on.
     """
 
     graphs: list[GraphReport] = dataclasses.field(default_factory=list)
+    model: str = ""
+    versions: dict[str, str] = dataclasses.field(default_factory=lambda: dict(versions()))
 
     @property
     def rewrites(self) -> list[Rewrite]:
@@ -125,12 +150,26 @@ class Report:
 
     def to_json(self) -> str:
         """Everything in the report, as JSON."""
-        return json.dumps(dataclasses.asdict(self) | {"verdict": self.verdict}, default=str, indent=1)
+        head = {"format": FORMAT, "verdict": self.verdict}
+        return json.dumps(head | dataclasses.asdict(self), default=str, indent=1)
 
     @classmethod
     def from_json(cls, text: str) -> Report:
-        """The report that `to_json` wrote."""
-        return cls([_graph_from(item) for item in json.loads(text)["graphs"]])
+        """The report that `to_json` wrote. Raises `ReportError` for anything else, and for another format."""
+        data = readable(text)
+        try:
+            return cls([_graph_from(item) for item in data["graphs"]], data["model"], data["versions"])
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise ReportError(f"this report is damaged ({type(error).__name__}: {error}): write it again") from error
+
+    def to_html(self, path: str | os.PathLike[str], *, redact: bool = False) -> Path:
+        """Write the report as one HTML file, which needs no server and no network. Returns its path.
+
+        redact: leave out the source, and the names of modules, files, parameters and nodes.
+        """
+        from fxopt.html import page
+
+        return page.write(self, Path(path), redact)
 
     def __str__(self) -> str:
         console = Console(file=io.StringIO(), width=150, color_system=None, force_terminal=False)
@@ -222,8 +261,10 @@ def _graph_from(data: dict[str, Any]) -> GraphReport:
     files = [Path(item) for item in data["files"]]
     kernels = [SiteKernel(**item | {"path": Path(item["path"])}) for item in data["kernels"]]
     plan = None if data.get("plan") is None else Plan.from_json(data["plan"])
+    checks = [Check(**item) for item in data["checks"]]
+    outline = None if data["outline"] is None else Outline.from_dict(data["outline"])
     read = {"rewrites": rewrites, "refusals": refusals, "casts": casts, "files": files, "kernels": kernels}
-    read["plan"] = plan
+    read |= {"checks": checks, "outline": outline, "plan": plan}
     return GraphReport(**data | read)
 
 

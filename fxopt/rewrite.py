@@ -40,12 +40,19 @@ _BODIES = (compat.tag_activation_checkpoint,)
 """Higher-order operators whose bodies are ordinary training code; AOTAutograd retraces them."""
 
 
+BEYOND_LIMIT = "`fxopt bisect` lets no more sites be rewritten in this process"
+
+
 class Chooses(Protocol):
     """Says what a site takes: `fxopt.choosing.Chooser`."""
 
     def choose(self, rule: Rule, site: Site) -> Choice | None:
         """The choice at `site`, None where there is none to be made."""
         ...
+
+
+Permits = Callable[[Rule, Site, Callable[..., Any]], bool]
+"""Says whether a site of a rule may be rewritten to a replacement: `fxopt bisect` counts."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +63,7 @@ class _How:
     may_defer: bool
     lowering: str
     chooser: Chooses | None
+    permits: Permits | None
 
 
 @dataclasses.dataclass
@@ -89,6 +97,7 @@ def apply_rule(
     may_defer: bool = True,
     lowering: str = "auto",
     chooser: Chooses | None = None,
+    permits: Permits | None = None,
 ) -> Outcome:
     """Rewrite every site of `rule` in a copy of the canonical graph `gm`, bodies included, and verify the copy.
 
@@ -97,12 +106,13 @@ def apply_rule(
     lowering:  how operators of fxopt's are computed (`fxopt.ops.launch.Lowering`).
     chooser:   asked at each site to which nothing but cost is objected, and what it measured settles that. None: every
                site takes the replacement unless something is objected.
+    permits:   asked last, at each site that is to be rewritten.
 
     Raises whatever the rule raises and `verify.VerificationError`; `gm` is untouched either way.
     """
     outcome = Outcome(copy_module(gm))
     modules = list(submodules(outcome.module))
-    how = _How(force, may_defer, lowering, chooser)
+    how = _How(force, may_defer, lowering, chooser, permits)
     inner = dataclasses.replace(how, may_defer=False)  # a body's outputs are not the caller's
     changes = [_apply_in(rule, one, outcome, how if one is outcome.module else inner) for one in modules]
     if not any(change.rewrites for change in changes):
@@ -186,7 +196,11 @@ def _apply_in(rule: Rule, gm: fx.GraphModule, outcome: Outcome, how: _How) -> _C
             )
             continue
         winner = choice.winner if choice is not None and choice.winner else OURS
-        made = replace(found, rule.replacements(found)[winner], gm.graph, order, moved)
+        replacement = rule.replacements(found)[winner]
+        if how.permits is not None and not how.permits(rule, found, replacement):
+            outcome.refusals.append(Refusal(rule.name, node, place, (BEYOND_LIMIT,), len(found.nodes)))
+            continue
+        made = replace(found, replacement, gm.graph, order, moved)
         gone.update(found.nodes)
         outcome.deferrable += [node.name for node in found.deferrable]
         change.redrawn.update(found.draws)

@@ -7,6 +7,7 @@ spellings (norms). A `Region` grows from an anchor node, for what has many (loss
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Protocol
@@ -102,9 +103,7 @@ class Place:
     @classmethod
     def of(cls, node: fx.Node) -> Place:
         """The innermost frame and module recorded for `node`."""
-        frames = re.findall(r'File "([^"]+)", line (\d+)[^\n]*\n\s*([^\n]*)', node.meta.get("stack_trace") or "")
-        path, line, code = frames[-1] if frames else ("", "", "")
-        return cls(f"{path}:{line}" if path else "", code.strip(), module_path(node))
+        return cls(*_innermost(node.meta.get("stack_trace") or ""), module_path(node))
 
     @property
     def name(self) -> str:
@@ -116,6 +115,14 @@ class Place:
             " ".join(part for part in (self.name, f"({self.module})" if self.module else "") if part)
             or "unknown source"
         )
+
+
+@functools.lru_cache(4096)
+def _innermost(trace: str) -> tuple[str, str]:
+    """File and line, and the code, of the last frame of `trace`: nodes of repeated layers share it."""
+    frames = re.findall(r'File "([^"]+)", line (\d+)[^\n]*\n\s*([^\n]*)', trace)
+    path, line, code = frames[-1] if frames else ("", "", "")
+    return f"{path}:{line}" if path else "", code.strip()
 
 
 def module_path(node: fx.Node, key: str = "nn_module_stack") -> str:

@@ -63,6 +63,7 @@ def same_interface(
     redrawn: names of random nodes of `before` that a rewrite replaced by draws of its own, and
     made:    names of the nodes of `after` that it made. The random operators besides those two must be the same ones
              in the same order, and if any was redrawn, some node made must be random: else its numbers are constant.
+             If none was, no node made may draw: all draws after it would come out different.
 
     Raises `VerificationError` naming the first difference.
     """
@@ -85,7 +86,7 @@ def same_interface(
 
 def _same_draws(before: fx.GraphModule, after: fx.GraphModule, redrawn: Collection[str], made: Collection[str]) -> None:
     old = [str(node.target) for node in _random(before) if node.name not in redrawn]
-    new = [str(node.target) for node in _random(after) if node.name not in made]
+    new = [str(node.target) for node in _random(after) if not redrawn or node.name not in made]
     if old != new:
         raise VerificationError(f"the random operators changed: {old} became {new}")
     if len(old) < len(_random(before)) and len(new) == len(_random(after)):
@@ -113,7 +114,7 @@ def same_value(name: str, before: Any, after: Any, grad: bool = True) -> None:
 def _facts(value: torch.Tensor) -> tuple[str, ...]:
     """As text: comparing symbolic sizes by value would install guards. Sizes that depend on data (u0) have new names
     whenever a graph is propagated, and count as one another."""
-    facts = (str(tuple(value.shape)), str(_strides(value)))
+    facts = (str(tuple(map(compat.size_text, value.shape))), str(_strides(value)))
     shape, strides = (re.sub(r"\bu\d+\b", "u", one) for one in facts)
     return shape, str(value.dtype), str(value.device), strides, str(value.requires_grad)
 
@@ -123,7 +124,7 @@ def _strides(value: torch.Tensor) -> list[str]:
     sizes = list(map(str, value.shape))
     if value.layout is not torch.strided or "0" in sizes:
         return []
-    return [str(stride) for size, stride in zip(sizes, value.stride(), strict=True) if size != "1"]
+    return [compat.size_text(stride) for size, stride in zip(sizes, value.stride(), strict=True) if size != "1"]
 
 
 def _outputs(gm: fx.GraphModule) -> list[Any]:

@@ -11,7 +11,6 @@ from unittest import mock
 
 import torch
 from hypothesis import strategies as st
-from interval_masks import dense
 from torch import Tensor
 
 from fxopt.ops import flash_tiles, score_tiles
@@ -19,7 +18,9 @@ from fxopt.ops.attention import attention
 from fxopt.ops.key_intervals import key_intervals
 from fxopt.score.program import Program
 from fxopt.score.term import Term, apply, cast_to, constant, load, variable
+from fxopt.testing import layouts
 from fxopt.testing.compare import Step, compare
+from fxopt.testing.interval_masks import dense
 
 FEW = 64
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -283,13 +284,7 @@ def computed(small: bool, flash: bool | None = None) -> Iterator[None]:
         yield
 
 
-LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
-    "as projected": lambda t: t,
-    "contiguous": lambda t: t.contiguous(),
-    "last axis strided": lambda t: torch.stack((t, t), -1)[..., 0],
-    "part of a whole": lambda t: torch.cat((t, t), -1)[..., t.shape[-1] :],
-    "transposed": lambda t: t.mT.contiguous().mT,
-}
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {"as projected": lambda t: t, **layouts.LAYOUTS}
 
 
 @st.composite

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fxopt.ops.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_and_argmax
 from fxopt.testing.compare import Step, compare
+from fxopt.testing.layouts import LAYOUTS
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 NAMES = ("hidden", "weight", "bias")
@@ -122,12 +123,7 @@ def problems(
     classes = draw(st.sampled_from((1, 2, 7, 57) if least else (7, 57)))
     rows, width = draw(st.sampled_from((1, 3, 70) if least else (33, 70))), draw(st.sampled_from((1, 8, 70)))
     hidden, weight, bias, target = problem(rows, width, classes, dtype, draw(st.integers(0, 2**16)))
-    layout = {
-        "plain": lambda t: t,
-        "transposed": lambda t: t.t().contiguous().t(),
-        "strided": lambda t: torch.stack((t, t), -1)[..., 0],
-    }
-    hidden, weight = (layout[draw(st.sampled_from(sorted(layout)))](t.detach()) for t in (hidden, weight))
+    hidden, weight = (LAYOUTS[draw(st.sampled_from(sorted(LAYOUTS)))](t.detach()) for t in (hidden, weight))
     tensors = (hidden, weight, bias.detach() if draw(st.booleans()) else None)
     for tensor in tensors:
         if tensor is not None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fxopt.ops.norm import NormSpec, norm
 from fxopt.testing.compare import Step, compare
+from fxopt.testing.layouts import LAYOUTS
 
 F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 Tensors = dict[str, Tensor]
@@ -35,18 +36,16 @@ def interpreted(tensors: Tensors, spec: NormSpec) -> tuple[Tensor, ...]:
     return ours(tensors, spec, "interpret")
 
 
-def draw(shape: tuple[int, ...], dtype: torch.dtype, parts: str = "", seed: int = 0, layout: str = "dense") -> Tensors:
+def draw(
+    shape: tuple[int, ...], dtype: torch.dtype, parts: str = "", seed: int = 0, layout: str = "contiguous"
+) -> Tensors:
     """x and those of residual, weight, bias and gate whose initials are in `parts`, all requiring gradients."""
     generator = torch.Generator().manual_seed(seed)
     made: Tensors = {}
     for name in NAMES:
         if name == "x" or name[0] in parts:
             value = torch.randn(shape[-1:] if name in ("weight", "bias") else shape, generator=generator).to(dtype)
-            if layout == "transposed" and value.dim() > 1:
-                value = value.transpose(0, 1).contiguous().transpose(0, 1)
-            elif layout == "sliced":
-                value = torch.stack([value, value], -1)[..., 0]
-            made[name] = value.requires_grad_()
+            made[name] = LAYOUTS[layout](value).requires_grad_()
     return made
 
 
@@ -87,7 +86,7 @@ def problems(draw_from: st.DrawFn, widths: tuple[int, ...] = (8, 9, 11, 16, 33))
     rows = draw_from(st.sampled_from(((), (3,), (1, 1), (2, 3), (4, 1), (2, 1, 2))))
     shape = (*rows, draw_from(st.sampled_from(widths)))
     parts = "".join(draw_from(st.lists(st.sampled_from("rwbg"), unique=True)))
-    layout = draw_from(st.sampled_from(("dense", "transposed", "sliced")))
+    layout = draw_from(st.sampled_from(("contiguous", "first axes swapped", "strided")))
     spec = NormSpec(
         draw_from(st.sampled_from(("rms", "layer"))),
         draw_from(st.sampled_from((1e-6, 1e-2, 0.5, None))),

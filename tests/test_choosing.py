@@ -26,7 +26,7 @@ from fxopt.passes import RULES
 from fxopt.report import GraphReport, Report
 from fxopt.rewrite import apply_rule, candidates
 from fxopt.rule import Cost, Refusal
-from fxopt.testing.laws import drawn_inputs
+from fxopt.testing.strategies import drawn_inputs
 
 ATTENTION, LOSS, NORM = (next(rule for rule in RULES if rule.name == name) for name in (
     "attention", "linear_cross_entropy", "norm"
@@ -540,11 +540,13 @@ def test_nothing_is_measured_on_a_cpu(monkeypatch):
     assert backend.chooser_for(fxopt.Options.parse({"choose": "never"}), {}) is None
 
 
+@pytest.mark.fault("a cache key that lacks options and version")
 def test_the_option_is_part_of_the_cache_key():
     keys = {fxopt.Options.parse({"choose": how}).cache_key() for how in ("measure", "never")}
     assert len(keys) == 2
 
 
+@pytest.mark.fault("CUDA graphs with gradient accumulation")
 def test_cuda_graphs_are_off_while_sites_are_measured(monkeypatch):
     seen = []
     monkeypatch.setattr(compat, "compile_graph", lambda gm, inputs, patches, key: seen.append(patches))

@@ -3,7 +3,7 @@
 import pytest
 
 from fxopt.passes import RULES
-from fxopt.testing.laws import check_spelling
+from fxopt.testing import check_spelling
 
 CASES = [
     pytest.param(rule, spelling, id=f"{rule.name}-{spelling.__name__}") for rule in RULES for spelling in rule.spellings

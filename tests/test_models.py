@@ -62,6 +62,7 @@ def test_step_is_as_accurate_as_eager(family: str, attention: str, mask: models.
     assert_attention_accounted_for(family, attention, mask)
 
 
+@pytest.mark.fault("graph break between head and loss")
 def test_gpt2_is_rewritten_once_its_loss_is_named() -> None:
     """Without the warning that breaks the graph, head and loss are in one graph."""
     model, inputs = models.build("gpt2", n_layer=1)
@@ -94,6 +95,7 @@ def test_canonical_graph_replays_bit_equal(family: str, attention: str, mask: mo
 
 
 @pytest.mark.parametrize("family", list(FAMILIES))
+@pytest.mark.fault("graph break between head and loss")
 def test_explain_accounts_for_every_loss(family: str) -> None:
     """Every cross entropy of the canonical graphs is in the report once, rewritten or refused with a reason."""
     model, inputs = models.build(family)

@@ -41,6 +41,7 @@ def test_the_error_reaches_the_user_unwrapped():
         torch.compile(torch.sin, backend=fxopt.backend.fxopt, options={"logitz": 1})(torch.randn(3))
 
 
+@pytest.mark.fault("a cache key that lacks options and version")
 def test_defaults_and_equality():
     assert Options.parse(None) == Options.parse({}) == Options()
     assert hash(Options.parse({"inductor": {"max_autotune": True}}))

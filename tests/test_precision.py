@@ -177,6 +177,7 @@ def test_tied_weights_are_cast_once() -> None:
     assert len([cast for cast in stages.report.casts if cast.source == embedding.args[0].name]) == 1
 
 
+@pytest.mark.fault("NaN/Inf inputs and GradScaler")
 def test_scaled_fp16_training_skips_an_overflow() -> None:
     """GradScaler sees the infinite gradient of a scale that is too large, skips, and the next steps train."""
     model, inputs = models.build("llama", num_hidden_layers=1)
@@ -436,6 +437,7 @@ def test_gpt2_has_fewer_casts_than_one_a_use() -> None:
     assert len(dropped[1].nodes(aten.mm.default)) == 1
 
 
+@pytest.mark.fault("elided bf16 round trips")
 def test_only_exact_pairs_of_casts_go() -> None:
     """bf16 -> fp32 -> bf16 is nothing; fp32 -> bf16 -> fp32 rounds, and stays."""
 
@@ -491,6 +493,7 @@ def test_a_constant_beyond_16_bits_is_met_in_fp32() -> None:
     torch.testing.assert_close(found[2], torch.full((4,), 0.25))
 
 
+@pytest.mark.fault("autocast regions")
 def test_a_region_without_autocast_keeps_its_dtypes() -> None:
     def mixed(x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
         low = x @ w

@@ -123,6 +123,7 @@ def test_repeated_heads_are_not_repeated() -> None:
     assert [item.meta["val"].shape[1] for item in node.args[:3]] == [4, 2, 2]
 
 
+@pytest.mark.fault("dims becoming dynamic")
 def test_dynamic_sequence_length() -> None:
     def causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         row = torch.arange(q.shape[2])
@@ -141,6 +142,7 @@ def test_dynamic_sequence_length() -> None:
     assert torch.allclose(found, causal(q, k, v), atol=1e-6)
 
 
+@pytest.mark.fault("autocast regions")
 def test_autocast_is_what_the_operands_are_cast_to() -> None:
     def eager(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16):
@@ -186,6 +188,7 @@ def test_a_piece_of_a_fused_projection() -> None:
 
 
 @pytest.mark.parametrize("sizes", [(0, 4, 6, 8), (2, 4, 0, 8), (2, 4, 6, 1), (2, 4, 6, 3), (1, 1, 2, 5)])
+@pytest.mark.fault("batch sizes 0 and 1")
 def test_sizes_of_nothing_and_odd_head_dims(sizes: tuple[int, int, int, int]) -> None:
     def causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         row = torch.arange(q.shape[2])
@@ -208,6 +211,7 @@ EMPTY: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
 
 
 @pytest.mark.parametrize("spelling", EMPTY)
+@pytest.mark.fault("fully masked rows")
 def test_rows_without_keys_stay_what_they_were(spelling: str) -> None:
     keep = torch.tensor([[True, True, False, True, False, True], [False] * 6])[:, None, None, :]
     tensors = inputs()
@@ -230,6 +234,7 @@ def differentiated(gm: fx.GraphModule, values: list[Tensor]) -> list[Tensor]:
     return [out.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
 
 
+@pytest.mark.fault("finfo.min masks")
 def test_two_finite_masks_are_refused_where_they_may_meet() -> None:
     def both(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
         row = torch.arange(q.shape[2])
@@ -263,6 +268,7 @@ def test_dropout_is_drawn_from_one_seed(spelling: Callable[..., Tensor]) -> None
     assert abs(float(other.mean()) - 1) < 0.05  # what is kept is scaled up
 
 
+@pytest.mark.fault("recompute of dropout")
 def test_dropout_is_the_same_in_both_directions() -> None:
     """The result is linear in the values, so <g, D v> = <D' g, v>, if the backward drops what the forward dropped."""
     compiled = torch.compile(dropped, backend="fxopt")
@@ -336,6 +342,7 @@ def test_refused_with_the_reason(fn: Callable[..., Any]) -> None:
     assert REFUSED[fn] in reasons(rewritten(fn, *inputs()))
 
 
+@pytest.mark.fault("a match across a mutation")
 def test_operands_written_in_between() -> None:
     def written(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         scores = q @ k.mT
@@ -385,6 +392,7 @@ def test_mask_written_in_place_is_read_as_it_stands() -> None:
     agrees(masked, outcome, *inputs())
 
 
+@pytest.mark.fault("no_grad mid-graph")
 def test_gradient_that_no_grad_cuts_stays_cut() -> None:
     def cut(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
         with torch.no_grad():

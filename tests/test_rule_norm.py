@@ -151,6 +151,7 @@ def test_a_weight_of_another_shape_stays_outside() -> None:
 
 @pytest.mark.parametrize("layout", ["transposed", "sliced"])
 @pytest.mark.parametrize("norm", [rms, lambda x, w: F.layer_norm(x, (WIDTH,), w)])
+@pytest.mark.fault("non-unit last stride")
 def test_layouts(norm: Callable[..., Tensor], layout: str) -> None:
     x, weight = tensors("x", "weight")
     x = x.detach().transpose(0, 1) if layout == "transposed" else torch.stack([x.detach(), x.detach()], -1)[..., 0]
@@ -266,6 +267,7 @@ def test_norm_is_found_where_the_add_cannot_be_taken_in() -> None:
         lambda x: F.group_norm(x, 3),
     ],
 )
+@pytest.mark.fault("wildcarded constants")
 def test_near_misses_are_left_alone(fn: Callable[[Tensor], Tensor]) -> None:
     assert details(rewritten(fn, *tensors("x"))) == []
 
@@ -414,6 +416,7 @@ def test_under_inductor() -> None:
     assert len(norms_rewritten()) == 5
 
 
+@pytest.mark.fault("checkpoint and autograd.Function bodies")
 def test_inside_checkpointed_layers() -> None:
     fxopt.clear_reports()
     model, inputs = models.build("llama")
@@ -430,6 +433,7 @@ def test_under_autocast() -> None:
     assert len(norms_rewritten()) == 5
 
 
+@pytest.mark.fault("the recompile limit")
 def test_sizes_that_change_need_two_graphs_as_without_us() -> None:
     fxopt.clear_reports()
     model, _ = models.build("llama")

@@ -112,6 +112,8 @@ def test_gradient_accumulation_with_num_items(as_tensor: bool) -> None:
         pytest.param(False, [(2, 11), (1, 19)], id="static", marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.fault("batch sizes 0 and 1")
+@pytest.mark.fault("dims becoming dynamic")
 def test_batch_and_sequence_sizes_may_change(dynamic: bool | None, sizes: list[tuple[int, int]]) -> None:
     """A size of its own for batch 1, a dynamic graph for the rest, and after that nothing is compiled again."""
     model, _ = small()
@@ -123,6 +125,7 @@ def test_batch_and_sequence_sizes_may_change(dynamic: bool | None, sizes: list[t
         assert_loss_rewritten(len(fxopt.reports()))
 
 
+@pytest.mark.fault("batch sizes 0 and 1")
 def test_empty_batch_does_as_eager() -> None:
     model, inputs = small()
     call = compiled(model)
@@ -133,6 +136,7 @@ def test_empty_batch_does_as_eager() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable:FutureWarning")
+@pytest.mark.fault("checkpoint and autograd.Function bodies")
 def test_gradient_checkpointing() -> None:
     model, inputs = small()
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -154,6 +158,7 @@ class Adapted(nn.Module):
 
 
 @pytest.mark.parametrize("head", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.fault("partly frozen or tied weights")
 def test_lora_by_hand(head: bool) -> None:
     """Frozen base, embedding and head; adapters on two projections, and on the head itself in the slow case."""
     model, inputs = small()
@@ -179,6 +184,7 @@ def test_two_models_in_one_process() -> None:
     assert_loss_rewritten(2)
 
 
+@pytest.mark.fault("partly frozen or tied weights")
 def test_tied_weights() -> None:
     """One gradient, from the embedding and from the head."""
     model, inputs = small(tie_word_embeddings=True)

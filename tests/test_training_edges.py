@@ -31,6 +31,7 @@ def _bf16() -> contextlib.AbstractContextManager[Any]:
     return torch.autocast("cpu", torch.bfloat16)
 
 
+@pytest.mark.fault("autocast regions")
 def test_autocast_around_the_model() -> None:
     model, inputs = small()
     check(model, compiled(model), inputs, context=_bf16, outputs=("logits",))
@@ -45,6 +46,7 @@ def test_bf16_parameters() -> None:
     assert_loss_rewritten()
 
 
+@pytest.mark.fault("dropout active in eval")
 def test_dropout_is_drawn_anew_and_repeats_under_a_seed() -> None:
     """Another generator order than eager's is allowed: compare means over seeds, and a seed with itself."""
     model, inputs = small("bert", hidden_dropout_prob=0.2, attention_probs_dropout_prob=0.1)
@@ -116,6 +118,7 @@ def test_logits_used_twice_in_the_graph() -> None:
         assert rewritten() or "also used by logsumexp" in reasons, reasons
 
 
+@pytest.mark.fault("all labels ignored")
 def test_all_labels_ignored_gives_nan_as_eager() -> None:
     model, inputs = small()
     inputs["labels"].fill_(models.IGNORED)
@@ -132,6 +135,7 @@ def test_all_labels_ignored_gives_nan_as_eager() -> None:
 
 
 @pytest.mark.parametrize("label", [models.VOCAB, -1])
+@pytest.mark.fault("out-of-range targets")
 def test_label_out_of_range_raises(label: int) -> None:
     """Eager raises IndexError; a compiler may raise another type, but must raise, and must work afterwards."""
     model, inputs = small()
@@ -146,6 +150,7 @@ def test_label_out_of_range_raises(label: int) -> None:
     check(model, call, inputs)
 
 
+@pytest.mark.fault("retain_graph")
 def test_retain_graph_does_as_inductor() -> None:
     """Whether a second backward works is decided by AOTAutograd's donated buffers; fxopt must not change it."""
 

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.syntax import Syntax
 
-from fxopt.commands import UsageError, check_name
+from fxopt.commands import UsageError, check_name, positive
 from fxopt.kernels.cards import CARDS, TARGETS, Card
 from fxopt.kernels.catalog import FAMILIES, Shipped, catalog
 from fxopt.kernels.configs import Config
@@ -82,21 +82,15 @@ def add_to(subparsers: Any) -> None:
         "--all", action="store_true", help="all candidates that tuning chooses from, not the defaults alone"
     )
     jobs = len(os.sched_getaffinity(0))
-    parser.add_argument("--jobs", type=_positive, default=jobs, metavar="N", help="processes (default: %(default)s)")
+    parser.add_argument("--jobs", type=positive, default=jobs, metavar="N", help="processes (default: %(default)s)")
     parser.add_argument(
-        "--limit", type=_positive, default=int(LIMIT), metavar="S", help="seconds for one kernel (default: %(default)s)"
+        "--limit", type=positive, default=int(LIMIT), metavar="S", help="seconds for one kernel (default: %(default)s)"
     )
     shown = parser.add_mutually_exclusive_group()
     shown.add_argument("--json", action="store_true", help="print a list of objects, and no table")
     shown.add_argument("--list", action="store_true", help="print the kernels' names and compile nothing")
     shown.add_argument("--source", metavar="NAME", help="print a kernel's source and compile nothing")
     parser.set_defaults(run=run)
-
-
-def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
-    return int(text)
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -100,8 +100,9 @@ def _backward(ctx: Any, upstream: Maybe, _: None) -> tuple[Any, ...]:
     if torch.is_grad_enabled():
         raise RuntimeError("fxopt::attention cannot be differentiated twice: do without create_graph=True")
     q, k, v, sink, _, _, _, captures, *_ = ctx.needs_input_grad
-    *inputs, out, lse = ctx.saved_tensors[: _TENSOR_INPUTS + 1]
-    loaded = list(ctx.saved_tensors[_TENSOR_INPUTS + 1 :])
+    saved = ctx.saved_tensors  # once: in a checkpoint that runs uncompiled, each look unpacks all of them again
+    *inputs, out, lse = saved[: _TENSOR_INPUTS + 1]
+    loaded = list(saved[_TENSOR_INPUTS + 1 :])
     wanted = [q, k, v, sink, *captures]
     if upstream is None:
         found: list[Maybe] = [None] * len(wanted)

@@ -390,7 +390,10 @@ class Mixed:
     def enter(self, node: fx.Node) -> None:
         """The body of a checkpoint takes what it is given; casts of parameters in it are made outside, once."""
         name, shared = str(arguments(node)[0].target), len(arguments(node)[0].users) > 1
-        given = [self.as_before(one, node) if shared else self.env[one] for one in arguments(node)[1:]]
+        given = [
+            one if not isinstance(one, fx.Node) else self.as_before(one, node) if shared else self.env[one]
+            for one in arguments(node)[1:]  # numbers among them, which Dynamo passes for sizes
+        ]
         walk = Mixed(operator.attrgetter(name)(self.gm), self.policy, [value_of(one) for one in given])
         walk.regions = list(self.regions)
         body = walk.run()
@@ -399,7 +402,8 @@ class Mixed:
         self.count(walk.one_by_one)
         if not shared:
             inside = body.graph.find_nodes(op="placeholder")
-            given = [self.hoisted(*pair, node) for pair in zip(given, inside, strict=True)]
+            pairs = zip(given, inside, strict=True)
+            given = [self.hoisted(*pair, node) if isinstance(pair[0], fx.Node) else pair[0] for pair in pairs]
         body.recompile()
         self.bodies[name] = body
         new = self.graph.create_node(node.op, node.target, (self.env[arguments(node)[0]], *given), dict(node.kwargs))

@@ -269,3 +269,15 @@ def assert_norms_rewritten(count: int) -> None:
     (report,) = fxopt.reports()
     assert [item.rule for item in report.rewrites] == ["norm"] * count
     assert not report.refusals
+
+
+@pytest.mark.fault("offsets past 2^31")
+def test_rows_more_than_2_to_31_values_apart() -> None:
+    """4 GiB of addresses, of which a few pages are ever touched."""
+    far = torch.empty(2**31 + SHORT, dtype=BF16).as_strided((2, SHORT), (2**31, 1))
+    tensors = draw((2, SHORT), BF16, "w")
+    near = tensors["x"].detach()
+    far.copy_(near)
+    expected = ours({**tensors, "x": near}, plain(BF16))
+    for one, other in zip(interpreted({**tensors, "x": far}, plain(BF16)), expected, strict=True):
+        torch.testing.assert_close(one, other)

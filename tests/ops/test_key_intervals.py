@@ -8,13 +8,13 @@ import pytest
 import torch
 from allocations import allocated
 from hypothesis import given
-from interval_masks import Arguments, dense, masks
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.flop_counter import FlopCounterMode
 
 from fxopt.ops.key_intervals import FORWARD, key_intervals
 from fxopt.ops.registry import memory_of
+from fxopt.testing.interval_masks import Arguments, dense, masks
 
 TENSORS = ("documents", "keep", "rows", "lengths", "prefix")
 

@@ -52,6 +52,7 @@ def test_a_row_of_zeros(eps_at: str) -> None:
 
 @pytest.mark.parametrize("shape", [(0, 8), (3, 0, 8), (0,), (4, 0), (2, 1), (1,)])
 @pytest.mark.parametrize("kind", ["rms", "layer"])
+@pytest.mark.fault("zero-size inputs and grid 0")
 def test_empty_and_one_element_rows(kind: str, shape: tuple[int, ...]) -> None:
     tensors, spec = draw(shape, F32, "rwb"), plain(kind=kind)
     mine, right = step(ours, tensors, spec), step(eager, tensors, spec)
@@ -59,7 +60,8 @@ def test_empty_and_one_element_rows(kind: str, shape: tuple[int, ...]) -> None:
         torch.testing.assert_close(mine.named()[name], value, rtol=1e-5, atol=1e-4)  # 1e-7 / sqrt(eps)
 
 
-@pytest.mark.parametrize("layout", ["dense", "transposed", "sliced"])
+@pytest.mark.parametrize("layout", ["contiguous", "first axes swapped", "strided"])
+@pytest.mark.fault("non-unit last stride")
 def test_results_have_the_strides_of_pointwise_operators(layout: str) -> None:
     tensors = draw((3, 4, 8), BF16, "rw", layout=layout)
     for mine, right in zip(ours(tensors, plain(BF16)), eager(tensors, plain(BF16)), strict=True):
@@ -77,6 +79,7 @@ def test_gradients_have_the_strides_of_what_they_are_of() -> None:
 
 @pytest.mark.parametrize("rounded_rstd", [False, True])
 @pytest.mark.parametrize(("normalized", "affine"), [(BF16, BF16), (BF16, F32), (F32, F32)])
+@pytest.mark.fault("elided bf16 round trips")
 def test_rounds_where_the_formulas_do(normalized: torch.dtype, affine: torch.dtype, rounded_rstd: bool) -> None:
     spec = plain(BF16, normalized=normalized, affine=affine, rounded_rstd=rounded_rstd)
     tensors = draw((64, 32), BF16, "rwb")
@@ -90,6 +93,7 @@ def test_rounds_where_the_formulas_do(normalized: torch.dtype, affine: torch.dty
     assert torch.equal(torch.autograd.grad(mine[0], tensors["weight"], upstream)[0], by_weight)
 
 
+@pytest.mark.fault("expanded grad_output")
 def test_expanded_upstream_gradients() -> None:
     tensors = draw((5, 16), F32, "rwb")
     results = ours(tensors, plain())
@@ -114,6 +118,7 @@ def test_squares_that_overflow_half_precision() -> None:
     torch.testing.assert_close(out, torch.ones_like(out), rtol=0.02, atol=0)
 
 
+@pytest.mark.fault("NaN/Inf inputs and GradScaler")
 def test_nan_stays_in_its_row() -> None:
     tensors = draw((3, 8), F32)
     tensors["x"].data[1, 2] = float("nan")
@@ -169,7 +174,7 @@ def test_only_wanted_gradients_are_computed() -> None:
 
 @pytest.mark.parametrize("kind", ["rms", "layer"])
 @pytest.mark.parametrize("parts", ["", "w", "rwb", "rwbg"])
-@pytest.mark.parametrize("layout", ["dense", "transposed"])
+@pytest.mark.parametrize("layout", ["contiguous", "first axes swapped"])
 def test_registration(kind: str, parts: str, layout: str) -> None:
     """Schema, fake values with static and symbolic shapes, autograd below AOTAutograd."""
     spec = plain(BF16, kind, normalized=F32, affine=F32)

@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from hypothesis import example, given
 from hypothesis import strategies as st
-from interval_masks import Arguments, dense, masks
 from torch import Tensor
 
 from fxopt.ops.key_intervals import key_intervals
 from fxopt.ops.tiles import Tile, allowed, computed_pairs, tiles_of
+from fxopt.testing.interval_masks import Arguments, dense, masks
 
 ROWS = st.sampled_from((1, 7, 32, 128))
 S = 4096

@@ -1,0 +1,1 @@
+"""The report as one HTML file: data from `views`, markup from `templates`, and a script that needs no network."""

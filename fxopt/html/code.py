@@ -1,0 +1,42 @@
+"""Source with highlighting: generated kernels, and the colours for light and dark."""
+
+from __future__ import annotations
+
+import collections
+from typing import Any
+
+import pygments
+from markupsafe import Markup
+from pygments.formatters import HtmlFormatter
+from pygments.lexers import PythonLexer
+
+from fxopt.report import GraphReport
+
+__all__ = ["kernels", "style"]
+
+
+def kernels(graph: GraphReport) -> list[dict[str, Any]]:
+    """Each generated kernel once: name, sites, path and source; what the dump no longer has is said to be gone."""
+    sites: dict[tuple[str, Any], list[str]] = collections.defaultdict(list)
+    resources: dict[tuple[str, Any], Any] = {}
+    for one in graph.kernels:
+        sites[one.kernel, one.path].append(one.site)
+        resources[one.kernel, one.path] = getattr(one, "resources", {})
+    return [
+        {"name": name, "path": path, "sites": found, "resources": resources[name, path], "source": _source(path)}
+        for (name, path), found in sites.items()
+    ]
+
+
+def _source(path: Any) -> Markup:
+    try:
+        return Markup(pygments.highlight(path.read_text(), PythonLexer(), HtmlFormatter(cssclass="code")))
+    except OSError:
+        return Markup("<p>the file is not there any more</p>")
+
+
+def style() -> str:
+    """Rules for both themes."""
+    light = HtmlFormatter(style="default").get_style_defs("[data-theme=light] .code")
+    dark = HtmlFormatter(style="github-dark").get_style_defs("[data-theme=dark] .code")
+    return f"{light}\n{dark}\n.code, [data-theme] .code {{ background: transparent; }}"

@@ -1,0 +1,248 @@
+"""Plans keep to their budget, and a step under a plan computes what it computes without one."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from allocations import peak_bytes
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from planned import Planned, request
+from torch import nn
+from torch.nn import functional as F
+
+from fxopt import compat
+from fxopt.errors import BudgetError, OptionError
+from fxopt.memory.plan import KEPT, RECOMPUTED
+
+WIDTH, TOKENS = 32, 64
+
+
+class Block(nn.Module):
+    """Attention and an MLP with residuals, as a transformer's layer has them."""
+
+    def __init__(self, dropout: float, shared: nn.Linear | None = None):
+        super().__init__()
+        self.norm = nn.LayerNorm(WIDTH)
+        self.qkv, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.up = shared if shared is not None else nn.Linear(WIDTH, 4 * WIDTH)
+        self.down = nn.Linear(4 * WIDTH, WIDTH)
+        self.dropout = dropout
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.qkv(self.norm(x)).view(*x.shape[:2], 3, 2, -1).permute(2, 0, 3, 1, 4)
+        weights = F.dropout((q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1), self.dropout, self.training)
+        x = x + self.out((weights @ v).transpose(1, 2).flatten(2))
+        hidden = F.gelu(self.up(x))
+        return x + F.dropout(self.down(hidden), self.dropout, self.training)
+
+
+class Model(nn.Module):
+    """Some blocks; tied: their `up` is one weight. frozen: the first block is not trained."""
+
+    def __init__(self, layers: int, dropout: float = 0.0, tied: bool = False, frozen: bool = False):
+        super().__init__()
+        shared = nn.Linear(WIDTH, 4 * WIDTH) if tied else None
+        self.layers = nn.ModuleList(Block(dropout, shared) for _ in range(layers))
+        if frozen:
+            self.layers[0].requires_grad_(False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x.square().mean()
+
+
+def model(**options: Any) -> Model:
+    torch.manual_seed(0)
+    return Model(**{"layers": 3, **options})
+
+
+def batch() -> torch.Tensor:
+    return torch.randn(2, TOKENS, WIDTH, generator=torch.Generator().manual_seed(1))
+
+
+def step(run: Any, of: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
+    """A step's loss and gradients, always with the same random numbers."""
+    of.zero_grad(set_to_none=True)
+    torch.manual_seed(2)
+    loss = run(x)
+    loss.backward()
+    return [loss.detach(), *(one.grad for one in of.parameters() if one.grad is not None)]
+
+
+def resident(of: nn.Module, x: torch.Tensor) -> int:
+    """Bytes of parameters and batch."""
+    return sum(one.nbytes for one in of.parameters()) + x.nbytes
+
+
+def extremes(of: Model, monkeypatch: pytest.MonkeyPatch) -> tuple[int, int]:
+    """The smallest budget that would do, and the peak without one."""
+    loose = Planned(of, request("1GiB"), monkeypatch)
+    step(loose, of, batch())
+    tight = Planned(of, request(1), monkeypatch)
+    with pytest.raises(BudgetError) as raised:
+        step(tight, of, batch())
+    return raised.value.minimum, loose.plan.predicted
+
+
+# --- the law -----------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_a_step_under_any_budget_keeps_to_it_and_computes_the_same(
+    data: st.DataObject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {
+        "layers": data.draw(st.integers(1, 4), "layers"),
+        "dropout": data.draw(st.sampled_from([0.0, 0.3]), "dropout"),
+        "tied": data.draw(st.booleans(), "tied"),
+        "frozen": data.draw(st.booleans(), "frozen"),
+    }
+    of, x = model(**options), batch()
+    wanted = step(Planned(of, None, monkeypatch), of, x)
+    least, most = extremes(of, monkeypatch)
+    budget = least + int((most - least) * data.draw(st.floats(0, 1), "share of the range"))
+    planned = Planned(of, request(budget), monkeypatch)
+    found = step(planned, of, x)
+    assert all(torch.equal(one, other) for one, other in zip(found, wanted, strict=True))
+    assert planned.plan.predicted <= budget
+    of.zero_grad(set_to_none=True)
+    measured = peak_bytes(lambda: planned(x).backward()) + resident(of, x)
+    assert measured <= budget * 1.002  # the loss's upstream gradient and the generator's state
+    assert measured == pytest.approx(planned.plan.predicted, rel=0.01)
+
+
+# --- what a plan is ----------------------------------------------------------------------------------------------
+
+
+def test_a_budget_that_fits_leaves_torchs_own_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    of = model()
+    planned, plain = Planned(of, request("1GiB"), monkeypatch), Planned(of, None, monkeypatch)
+    step(planned, of, batch())
+    step(plain, of, batch())
+    saved = [[node.name for node in one.cuts[0][1].graph.find_nodes(op="placeholder")] for one in (planned, plain)]
+    assert saved[0] == saved[1]
+    assert planned.plan.predicted == planned.plan.default
+
+
+def test_a_smaller_budget_recomputes_more_and_uses_nearly_all_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    of = model(layers=4)
+    least, most = extremes(of, monkeypatch)
+    before, seconds = math.inf, []
+    for share in (0.9, 0.6, 0.3):
+        budget = least + int(share * (most - least))
+        planned = Planned(of, request(budget), monkeypatch)
+        step(planned, of, batch())
+        plan = planned.plan
+        assert 0.9 * budget <= plan.predicted <= budget
+        assert plan.bytes_of(KEPT) < before
+        assert plan.bytes_of(RECOMPUTED) > 0
+        before = plan.bytes_of(KEPT)
+        seconds.append(plan.recompute_seconds)
+    assert seconds == sorted(seconds)
+
+
+def test_the_parts_of_the_peak_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    of = model()
+    planned = Planned(of, request("1GiB", optimizer="adamw", accumulation=True), monkeypatch)
+    step(planned, of, batch())
+    plan, parameters = planned.plan, sum(one.nbytes for one in of.parameters())
+    assert sum(plan.parts.values()) == plan.predicted
+    assert plan.resident["parameters"] == plan.resident["accumulated gradients"] == parameters
+    assert plan.resident["optimizer"] == 2 * parameters
+    assert max((*plan.timeline.forward, *plan.timeline.backward)) == plan.predicted
+
+
+def test_a_budget_below_the_least_says_which_would_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    of = model()
+    least, _ = extremes(of, monkeypatch)
+    fits = Planned(of, request(least), monkeypatch)
+    step(fits, of, batch())
+    assert fits.plan.predicted <= least
+    short = Planned(of, request(int(0.98 * least)), monkeypatch)
+    with pytest.raises(BudgetError, match=r"smallest that would do is .*parameters"):
+        step(short, of, batch())
+    lowest = Planned(of, request(1, infeasible="minimum"), monkeypatch)
+    step(lowest, of, batch())
+    assert lowest.plan.predicted == least
+    assert any("lowest peak" in note for note in lowest.plan.notes)
+
+
+def test_random_numbers_are_drawn_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    of = model(dropout=0.5)
+    least, _ = extremes(of, monkeypatch)
+    planned = Planned(of, request(least), monkeypatch)
+    step(planned, of, batch())
+    _, backward = planned.cuts[0]
+    drawn = [
+        node.name
+        for node in backward.graph.nodes
+        if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+    ]
+    assert drawn == []
+    assert any("computed once" in row.reason for row in planned.plan.rows)
+
+
+def test_a_users_checkpoint_is_obeyed(monkeypatch: pytest.MonkeyPatch) -> None:
+    of = model()
+    checkpoint = torch.utils.checkpoint.checkpoint
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        for layer in of.layers:
+            x = checkpoint(layer, x, use_reentrant=False)
+        return x.square().mean()
+
+    wanted = step(Planned(of, None, monkeypatch), of, batch())
+    planned = Planned(forward, request("1GiB"), monkeypatch)
+    found = step(planned, of, batch())
+    assert all(torch.equal(one, other) for one, other in zip(found, wanted, strict=True))
+    checkpointed = planned.plan.predicted
+    for budget in (checkpointed, checkpointed - 1):
+        tight = Planned(forward, request(budget, infeasible="minimum"), monkeypatch)
+        found = step(tight, of, batch())
+        assert all(torch.equal(one, other) for one, other in zip(found, wanted, strict=True))
+        inside = [row for row in tight.plan.rows if row.decision == KEPT and "gelu" in row.name]
+        assert inside == []
+
+
+def test_sizes_that_change_are_planned_by_their_hints_and_make_no_guards(monkeypatch: pytest.MonkeyPatch) -> None:
+    of = model()
+    least, most = extremes(of, monkeypatch)
+    planned = Planned(of, request((least + most) // 2), monkeypatch)
+    planned.run = torch.compile(of, backend=planned.backend, dynamic=True)
+    step(planned, of, batch())
+    longer = torch.randn(2, TOKENS + 17, WIDTH)
+    found, wanted = step(planned, of, longer), step(of, of, longer)
+    assert len(planned.plans) == 1
+    assert all(torch.allclose(one, other, rtol=1e-4, atol=1e-6) for one, other in zip(found, wanted, strict=True))
+
+
+def test_a_graph_without_a_backward_is_not_planned(monkeypatch: pytest.MonkeyPatch) -> None:
+    of, planned = model(), None
+    planned = Planned(of, request("1GiB"), monkeypatch)
+    with torch.no_grad():
+        planned(batch())
+    assert planned.plans == [None]
+
+
+def test_a_graph_that_is_retained_can_be_run_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    of = model()
+    least, _ = extremes(of, monkeypatch)
+    loss = Planned(of, request(least), monkeypatch)(batch())
+    loss.backward(retain_graph=True)
+    first = [one.grad.clone() for one in of.parameters() if one.grad is not None]
+    of.zero_grad()
+    loss.backward()
+    assert all(torch.equal(a, b.grad) for a, b in zip(first, of.parameters(), strict=True) if b.grad is not None)
+
+
+def test_a_percentage_of_a_cpu_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    of = model()
+    with pytest.raises(OptionError, match="12GiB"):
+        Planned(of, request("80%"), monkeypatch)(batch())
+    assert compat.DYNAMO_CONTROL
