@@ -242,7 +242,8 @@ class _Holds:
         """Right after each product and the copies that begin there; all who read it later read it through `hold`."""
         for product, hold in self._by_product.items():
             position = {node: at for at, node in enumerate(graph.nodes)}
-            last = max([product, *hold.alive, *hold.landed], key=position.__getitem__)
+            begins = [reader for reader in product.users if reader.target is SEND]  # which is not to wait for others
+            last = max([product, *begins, *hold.alive, *hold.landed], key=position.__getitem__)
             with graph.inserting_after(last):
                 held = _call(graph, HOLD, (product, hold.landed, hold.alive), f"held_{product.name}")
             for reader in list(product.users):

@@ -218,20 +218,18 @@ class _Program:
                 self.peak_row(self.forward_rows, columns, values, fixed[at] + self.bias.forward)
 
     def _link_windows(self) -> None:
-        """What blocks up to b send must be gone when b + 1 is computed; what they get back, there when b begins."""
+        """What a block sends must be gone, and what it gets back be there, in the time of the block that runs beside.
+
+        That is the next one, both ways: two blocks' copies are under way at most (`fxopt.memory.offload`). The last
+        block has none, and sends nothing.
+        """
         joint = self.joint
-        forward = np.array([joint.seconds[members].sum() for members in self.members])
-        backward = np.array(
-            [joint.backward_seconds[joint.backward_block == block].sum() for block in range(joint.blocks)]
-        )
-        sent = [members[self.may_offload[members]] for members in self.members]
-        for block in range(joint.blocks - 1):
-            for part, seconds in (
-                (sent[: block + 1], forward[: block + 2].sum()),
-                (sent[block:], backward[block + 1 :].sum()),
-            ):
-                chosen = np.concatenate(part)
-                self.row(self.offload + chosen, self.size[chosen], -np.inf, self.link * seconds / MIB)
+        forward = [joint.seconds[members].sum() for members in self.members]
+        backward = [joint.backward_seconds[joint.backward_block == block].sum() for block in range(joint.blocks)]
+        beside = [*np.minimum(forward, backward)[1:], 0.0]
+        for members, seconds in zip(self.members, beside, strict=True):
+            chosen = members[self.may_offload[members]]
+            self.row(self.offload + chosen, self.size[chosen], -np.inf, self.link * seconds / MIB)
 
 
 def forward_transient(joint: Joint) -> Array:

@@ -17,14 +17,14 @@ from fxopt.ops.offload_operator import FETCH, HOLD, SEND
 class Step:
     """What came of a simulated step.
 
-    seconds: from its begin to its end. computing: those of them in which something was computed. copying: of the
-    busier of the two queues. blocks: the most whose copies, of one direction, were in flight or not yet read at a time.
+    seconds, computing, copying: of the forward and of the backward, from begin to end; those in which something was
+    computed; those in which the link was busy. blocks: the most whose copies were in flight at a time, in one direction.
     faults: reads of what had not arrived, and memory let go while it was being copied.
     """
 
-    seconds: float = 0.0
-    computing: float = 0.0
-    copying: float = 0.0
+    seconds: list[float] = field(default_factory=list)
+    computing: list[float] = field(default_factory=list)
+    copying: list[float] = field(default_factory=list)
     blocks: int = 0
     faults: list[str] = field(default_factory=list)
 
@@ -34,7 +34,7 @@ class Simulation:
 
     def __init__(self, seconds: Mapping[str, float], link: float, blocks: Mapping[str, int]):
         self.seconds, self.link, self.blocks = seconds, link, blocks
-        self.now = 0.0
+        self.now = self.computing = 0.0
         self.free = {SEND: 0.0, FETCH: 0.0}
         self.busy = {SEND: 0.0, FETCH: 0.0}
         self.arrival: dict[str, float] = {}
@@ -42,9 +42,12 @@ class Simulation:
         self.step = Step()
 
     def run(self, forward: fx.GraphModule, backward: fx.GraphModule) -> Step:
-        for module in (forward, backward):
+        for module, direction in ((forward, SEND), (backward, FETCH)):
+            begin, computed = self.now, self.computing
             self._run(module.graph)
-        self.step.seconds, self.step.copying = self.now, max(self.busy.values())
+            self.step.seconds.append(self.now - begin)
+            self.step.computing.append(self.computing - computed)
+            self.step.copying.append(self.busy[direction])
         return self.step
 
     def _run(self, graph: fx.Graph) -> None:
@@ -89,7 +92,7 @@ class Simulation:
             elif self.arrival.get(item.name, 0.0) > self.now:
                 self.step.faults.append(f"{node.name} reads {item.name} before it has arrived")
         self.now += self.seconds.get(node.name, 0.0)
-        self.step.computing += self.seconds.get(node.name, 0.0)
+        self.computing += self.seconds.get(node.name, 0.0)
 
     def _let_go(self, node: fx.Node) -> None:
         """A source must not be let go while it is being copied."""

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._dynamo.backends.common import aot_autograd
 
+from fxopt import compat
 from fxopt.memory.joint import Joint
 from fxopt.memory.offload import movable
 from fxopt.passes.memory_plan import _Cut, _Saved
@@ -69,7 +69,7 @@ class Offloading:
         self.graphs: list[Graphs] = []
 
     def __call__(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Any:
-        return aot_autograd(fw_compiler=lambda module, _: module.forward, partition_fn=self.partition)(gm, inputs)
+        return compat.aot_backend_by(self.partition)(gm, inputs)
 
     def partition(self, gm: fx.GraphModule, inputs: Any, **how: Any) -> Any:
         """Torch's own choice of what is saved, part of it on the host."""
@@ -101,12 +101,19 @@ class Late:
 
     def __init__(self) -> None:
         self.copies = 0
+        self.begun: list[Any] = []
 
     def copy(self, direction: str, target: Tensor, source: Tensor, after: Sequence[Any]) -> Any:
         for one in after:
             self.wait(one)
         target.view(torch.uint8).fill_(255)  # not a number, for whoever reads too early
-        return [(target, source)]
+        self.begun.append([(target, source)])
+        return self.begun[-1]
+
+    def finish(self) -> None:
+        """Make all copies that nobody waited for."""
+        for one in self.begun:
+            self.wait(one)
 
     def wait(self, event: Any) -> None:
         while event:
