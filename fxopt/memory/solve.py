@@ -25,7 +25,17 @@ from scipy.sparse import coo_matrix
 from fxopt.memory.joint import NEVER, Array, Joint
 from fxopt.memory.offload import movable
 
-__all__ = ["NO_BIAS", "Peaks", "Solution", "closure", "modelled", "offloadable", "recompute_seconds", "solve"]
+__all__ = [
+    "NO_BIAS",
+    "Peaks",
+    "Solution",
+    "closure",
+    "modelled",
+    "offloadable",
+    "read_from",
+    "recompute_seconds",
+    "solve",
+]
 
 MIB = 2**20
 POSITIONS = 20
@@ -102,6 +112,18 @@ def offloadable(joint: Joint) -> Array:
     return large & np.array([movable(node) for node in joint.forward], dtype=bool)
 
 
+def read_from(joint: Joint) -> Array:
+    """The block whose backward reads each value first: its own, or a later one that reads it in the forward too.
+
+    That is where it may be wanted for making others again, whatever is decided.
+    """
+    by_forward = joint.block[joint.last_forward]
+    if not len(joint.backward):
+        return by_forward
+    by_backward = joint.backward_block[np.minimum(joint.first, len(joint.backward) - 1)]
+    return np.where(joint.first < NEVER, np.maximum(by_forward, by_backward), by_forward)
+
+
 class _Times:
     """When values that are made again begin and end to live, whatever is decided: just before their first reader."""
 
@@ -135,6 +157,7 @@ class _Program:
         self.size, self.remade = joint.size / MIB, joint.remade / MIB
         self.members = [np.flatnonzero(joint.block == block) for block in range(joint.blocks)]
         self.may_offload = offloadable(joint) if link else np.zeros(count, dtype=bool)
+        self.stage = read_from(joint)
         self.forward_rows, self.backward_rows = list[int](), list[int]()
         self._needs()
         self._sums()
@@ -183,10 +206,8 @@ class _Program:
                 alive = members[(end[members] >= at) & (self.size[members] > 0)]
                 made = members[(self.remade[members] > 0) & (start[members] <= at) & (at <= end[members])]
                 columns, values = [*alive, *(self.again + made)], [*self.size[alive], *self.remade[made]]
-                loaded = alive[self.may_offload[alive]]
+                loaded = np.flatnonzero(self.may_offload & (self.stage >= block - 1) & (end >= at))
                 if block:
-                    next_one = self.members[block - 1]
-                    loaded = np.concatenate([loaded, next_one[self.may_offload[next_one]]])
                     columns.append(self.sums + block - 1)
                     values.append(1)
                 columns.extend(self.offload + loaded)
@@ -226,10 +247,10 @@ class _Program:
         joint = self.joint
         forward = [joint.seconds[members].sum() for members in self.members]
         backward = [joint.backward_seconds[joint.backward_block == block].sum() for block in range(joint.blocks)]
-        beside = [*np.minimum(forward, backward)[1:], 0.0]
-        for members, seconds in zip(self.members, beside, strict=True):
-            chosen = members[self.may_offload[members]]
-            self.row(self.offload + chosen, self.size[chosen], -np.inf, self.link * seconds / MIB)
+        for of, times in ((joint.block, forward), (self.stage, backward)):
+            for block, seconds in enumerate([*times[1:], 0.0]):
+                chosen = np.flatnonzero(self.may_offload & (of == block))
+                self.row(self.offload + chosen, self.size[chosen], -np.inf, self.link * seconds / MIB)
 
 
 def forward_transient(joint: Joint) -> Array:

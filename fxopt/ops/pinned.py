@@ -53,7 +53,9 @@ class Pool:
             self._most = max(self._most, self._lent())
         # torch holds this very array for as long as a tensor over it lives, and the array can be watched.
         lent = buffer.memory.numpy()[:size]
-        watch = weakref.finalize(lent, self._returned.append, buffer)  # without a lock: it runs wherever the last one dies
+        watch = weakref.finalize(
+            lent, self._returned.append, buffer
+        )  # without a lock: it runs wherever the last one dies
         watch.atexit = False
         return torch.from_numpy(lent), buffer
 
@@ -93,9 +95,7 @@ class Pool:
 
     def _fitting(self, size: int, pinned: bool) -> Buffer | None:
         """The smallest free one that is not much too large."""
-        fitting = [
-            one for one in self._free if size <= _size(one) <= FIT * size and _is_pinned(one.memory) == pinned
-        ]
+        fitting = [one for one in self._free if size <= _size(one) <= FIT * size and _is_pinned(one.memory) == pinned]
         if not fitting:
             return None
         best = min(fitting, key=_size)

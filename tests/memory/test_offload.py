@@ -90,7 +90,9 @@ def test_a_graph_that_is_retained_keeps_its_host_memory(monkeypatch: pytest.Monk
     assert (TRANSFERS.flying, HOST.lent) == (0, 0)
 
 
-@settings(max_examples=8, phases=[Phase.explicit, Phase.generate], suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=8, phases=[Phase.explicit, Phase.generate], suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(data=st.data(), depth=st.integers(1, 5))
 def test_whatever_is_offloaded(data: st.DataObject, depth: int) -> None:
     """Law: bit-equal gradients, nothing read before it is there, two blocks in flight at most, all memory returned."""
