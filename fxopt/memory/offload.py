@@ -159,7 +159,7 @@ NO_STAGE = 1 << 30
 
 
 def _start(products: Sequence[fx.Node], stage: Mapping[fx.Node, int], own: int) -> fx.Node | None:
-    """The first product of the stage before `own`, beside which the copy is to run; else of the backward; None: none."""
+    """The first product of the stage before `own`, beside which the copy runs; else of the backward; None: none."""
     earlier = [stage[node] for node in products if stage[node] > own]
     wanted = min(earlier, default=None)
     return next((node for node in products if wanted is None or stage[node] == wanted), None)

@@ -18,7 +18,7 @@ class Step:
     """What came of a simulated step.
 
     seconds, computing, copying: of the forward and of the backward, from begin to end; those in which something was
-    computed; those in which the link was busy. blocks: the most whose copies were in flight at a time, in one direction.
+    computed; those in which the link was busy. blocks: the most whose copies, in one direction, were in flight at once.
     faults: reads of what had not arrived, and memory let go while it was being copied.
     """
 

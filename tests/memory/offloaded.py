@@ -1,4 +1,4 @@
-"""What tests of offloading share: a model of blocks, graphs that are cut so that chosen values go to the host, streams."""
+"""What tests of offloading share: a model of blocks, graphs cut so that chosen values go to the host, streams."""
 
 from __future__ import annotations
 

@@ -39,14 +39,15 @@ def lowered() -> dict[str, Any]:
 
     def decide(joint: Any, stock: Any, budget: float, trial: Any, link: float) -> Any:
         may = np.array([movable(node) for node in joint.forward]) & (solve.read_from(joint) < joint.blocks - 1)
-        offloaded = stock & ~joint.view & (joint.size >= 1024) & may
+        saved = joint.needed & ~joint.view  # and nothing is made again: torch's choice does that across blocks
+        offloaded = saved & (joint.size >= 1024) & may
         found["bytes"] = int(joint.size[offloaded].sum())
-        found["least"] = trial(solve.Solution(stock & ~joint.view, np.zeros_like(stock), optimal=True))
+        found["least"] = trial(solve.Solution(saved, np.zeros_like(saved), optimal=True))
         codes: list[str] = []
         with pytest.MonkeyPatch.context() as patch:
             own = compat.lower
             patch.setattr(compat, "lower", lambda *how: (done := own(*how), codes.append(done.code))[0])
-            found["offloaded"] = trial(solve.Solution(stock & ~joint.view & ~offloaded, offloaded, optimal=True))
+            found["offloaded"] = trial(solve.Solution(saved & ~offloaded, offloaded, optimal=True))
         found["forward"], found["backward"] = codes
         raise Seen("")
 
@@ -90,8 +91,7 @@ def test_copies_run_beside_a_block_and_no_more_than_two(lowered: dict[str, Any],
             most = max(most, len(flying))
         for one in landed:
             beside = products - flying.pop(one)
-            # The scheduler moves products whose results nobody in the graph reads: gradients of weights.
-            assert 1 <= beside <= 2 * PRODUCTS[part] + (part == "backward")
+            assert 1 <= beside <= 2 * PRODUCTS[part]
             waits += 1
     assert waits == len(copies) >= 2 * DEPTH
     assert not flying

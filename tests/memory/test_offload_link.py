@@ -1,4 +1,4 @@
-"""Copies run beside the computation: a simulated link, for graphs of a CPU and for a Llama on a card that is not there."""
+"""Copies run beside the computation: on a simulated link, for a CPU and for a Llama on a card that is not there."""
 
 from __future__ import annotations
 
