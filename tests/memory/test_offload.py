@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from link import Simulation
 from offloaded import Deep, Graphs, Late, Offloading, gradients
 
+from fxopt.memory import solve
 from fxopt.memory.offload import Places
 from fxopt.ops import transfer
 from fxopt.ops.offload_operator import FETCH, HOLD, SEND
@@ -160,3 +161,38 @@ def test_copies_of_a_step_that_raised_live_until_they_are_done(monkeypatch: pyte
     assert HOST.lent > 0
     streams.finish()
     assert (TRANSFERS.flying, HOST.lent) == (0, 0)
+
+
+class Turned(torch.nn.Module):
+    """Of what its product saves, one is a transpose and one a part of a larger tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.randn(16, 16))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        wide = torch.cat([x @ self.weight, x], dim=1).sin()
+        kept = wide[:, :16].clone(memory_format=torch.preserve_format)
+        turned = (x @ self.weight).T.sin()
+        return ((kept @ self.weight).sin() @ turned).square().mean()
+
+
+def test_only_what_is_large_and_in_one_piece_may_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[Any, list[bool]]] = []
+
+    def look(joint: Any, _: list[str]) -> list[str]:
+        for least in (1, 8 * 16 * 4, 8 * 32 * 4, 2**21):
+            monkeypatch.setattr(solve, "LEAST_OFFLOAD", least)
+            seen.append((joint, list(solve.offloadable(joint))))
+        return []
+
+    torch.compile(Turned(), backend=Offloading(look))(batch())
+    refused = 0
+    for least, (joint, may) in zip((1, 8 * 16 * 4, 8 * 32 * 4, 2**21), seen, strict=True):
+        for at, allowed in enumerate(may):
+            value = joint.forward[at].meta["val"]
+            whole = isinstance(value, torch.Tensor) and value.is_contiguous() and joint.owner[at] == at
+            assert allowed == (whole and value.nbytes >= least and joint.size[at] > 0)
+            refused += isinstance(value, torch.Tensor) and joint.owner[at] == at and not value.is_contiguous()
+    assert refused > 0
+    assert [any(may) for _, may in seen] == [True, True, True, False]
