@@ -92,7 +92,7 @@ def test_a_graph_that_is_retained_keeps_its_host_memory(monkeypatch: pytest.Monk
 
 
 @settings(
-    max_examples=8, phases=[Phase.explicit, Phase.generate], suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=6, phases=[Phase.explicit, Phase.generate], suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(data=st.data(), depth=st.integers(1, 5))
 def test_whatever_is_offloaded(data: st.DataObject, depth: int) -> None:

@@ -23,7 +23,7 @@ from fxopt.ops.pinned import HOST
 from fxopt.passes import memory_plan
 
 MIB = 2**20
-DEPTH, ROWS, WIDTH = 5, 64, 32
+DEPTH, ROWS, WIDTH = 4, 64, 32
 PRODUCTS = {"forward": 2, "backward": 4}
 """Of a block."""
 

@@ -18,7 +18,7 @@ from fxopt.memory.offload import Places
 from fxopt.ops.offload_operator import FETCH, HOLD, SEND
 
 TESTS = Path(__file__).resolve().parent.parent
-DEPTH = 8
+DEPTH = 5
 MIB = 2**20
 
 
