@@ -177,7 +177,7 @@ def measure_times(rounds: int) -> dict[str, Any]:
     peak = default.peak()
     Training(model, {"memory_budget": 2 * peak}).step()
     kept = Training.plan().bytes_of(KEPT)
-    checkpointed = copy.deepcopy(model)
+    checkpointed: Any = copy.deepcopy(model)
     checkpointed.gradient_checkpointing_enable({"use_reentrant": False})
     full = Training(checkpointed, {})
     full.step()

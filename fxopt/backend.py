@@ -58,7 +58,7 @@ def fxopt(
     def compiler(graph: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         if limited is not None and limited.compiler != "inductor":
             return uncompiled(graph, inputs, limited.compiler)
-        compiled, plans[0] = compile_planned(graph, inputs, patches, key, parsed)
+        compiled, plans[0] = compile_planned(graph, inputs, patches, key, parsed, name)
         return compiled
 
     found, compiled = run(gm, example_inputs, parsed, compiler, name, chooser_for(parsed, patches), limited=limited)
@@ -68,7 +68,7 @@ def fxopt(
 
 
 def compile_planned(
-    graph: fx.GraphModule, inputs: Sequence[Any], patches: Mapping[str, Any], key: str, options: Options
+    graph: fx.GraphModule, inputs: Sequence[Any], patches: Mapping[str, Any], key: str, options: Options, name: str
 ) -> tuple[Callable[..., Any], Plan | None]:
     """Compile `graph` by Inductor, within the memory budget if there is one; and the plan, None without.
 
@@ -79,7 +79,7 @@ def compile_planned(
     from fxopt.passes.memory_plan import planning  # it loads Inductor, which an explanation does without
 
     try:
-        with planning(graph, options.memory, f"{key} {sorted(patches.items())}") as found:
+        with planning(graph, options.memory, f"{key} {sorted(patches.items())}", name) as found:
             planned = {**patches, "custom_partitioner_fn": found.partitioner}
             return compat.compile_graph(graph, inputs, planned, key), found.plan
     except compat.DYNAMO_CONTROL:
