@@ -19,6 +19,7 @@ from fxopt.differential import same_function
 from fxopt.fake import without_autocast
 from fxopt.fallback import warn_once
 from fxopt.limits import Limit, limit
+from fxopt.memory.measured import watched
 from fxopt.memory.plan import Plan
 from fxopt.options import Options
 from fxopt.outputs import OutputPlan, defer_outputs
@@ -76,12 +77,16 @@ def compile_planned(
     """
     if options.memory is None:
         return compat.compile_graph(graph, inputs, patches, key), None
+
     from fxopt.passes.memory_plan import planning  # it loads Inductor, which an explanation does without
 
     try:
         with planning(graph, options.memory, f"{key} {sorted(patches.items())}", name) as found:
             planned = {**patches, "custom_partitioner_fn": found.partitioner}
-            return compat.compile_graph(graph, inputs, planned, key), found.plan
+            compiled = compat.compile_graph(graph, inputs, planned, key)
+        if found.plan is not None:
+            compiled = watched(compiled, found.plan, found.device)
+        return compiled, found.plan
     except compat.DYNAMO_CONTROL:
         raise
     except Exception as error:

@@ -10,52 +10,15 @@ import torch
 from allocations import peak_bytes
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from planned import Planned, request
+from planned import TOKENS, WIDTH, Model, Planned, request
 from torch import nn
-from torch.nn import functional as F
 
 from fxopt import compat
 from fxopt.errors import BudgetError, OptionError
 from fxopt.memory.plan import KEPT, RECOMPUTED
 
-WIDTH, TOKENS = 32, 64
 INSIDE = 32 * 1024
 """Bytes that ATen's kernels of such sizes hold inside (sums by thread of a norm's backward), which nothing predicts."""
-
-
-class Block(nn.Module):
-    """Attention and an MLP with residuals, as a transformer's layer has them."""
-
-    def __init__(self, dropout: float, shared: nn.Linear | None = None):
-        super().__init__()
-        self.norm = nn.LayerNorm(WIDTH)
-        self.qkv, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
-        self.up = shared if shared is not None else nn.Linear(WIDTH, 4 * WIDTH)
-        self.down = nn.Linear(4 * WIDTH, WIDTH)
-        self.dropout = dropout
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        q, k, v = self.qkv(self.norm(x)).view(*x.shape[:2], 3, 2, -1).permute(2, 0, 3, 1, 4)
-        weights = F.dropout((q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1), self.dropout, self.training)
-        x = x + self.out((weights @ v).transpose(1, 2).flatten(2))
-        hidden = F.gelu(self.up(x))
-        return x + F.dropout(self.down(hidden), self.dropout, self.training)
-
-
-class Model(nn.Module):
-    """Some blocks; tied: their `up` is one weight. frozen: the first block is not trained."""
-
-    def __init__(self, layers: int, dropout: float = 0.0, tied: bool = False, frozen: bool = False):
-        super().__init__()
-        shared = nn.Linear(WIDTH, 4 * WIDTH) if tied else None
-        self.layers = nn.ModuleList(Block(dropout, shared) for _ in range(layers))
-        if frozen:
-            self.layers[0].requires_grad_(False)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        for layer in self.layers:
-            x = layer(x)
-        return x.square().mean()
 
 
 def model(**options: Any) -> Model:
