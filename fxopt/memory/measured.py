@@ -1,4 +1,4 @@
-"""The peak of steps that have run, beside the predicted one. Only CUDA counts; nothing of the process's own is reset."""
+"""The peak of steps that have run, beside the predicted one. Only CUDA counts; the process's counter is not reset."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["watched"]
 def watched(run: Callable[..., Any], plan: Plan, device: torch.device) -> Callable[..., Any]:
     """`run`, the forward of a planned graph, which notes in `plan.measured` the peak of the step before each call.
 
-    The peak is known only where it is above all that came before the first call (the user may watch the same counter, so
+    The peak is known only where it is above all that came before the first call (the user may watch the counter, so
     it is not reset): it is then that of a step, optimizer included.
     """
     if device.type != "cuda":
