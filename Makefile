@@ -41,13 +41,14 @@ fuzz: $(READY)  ## random modules under every option against fp64, FUZZ_MINUTES=
 faults: $(READY)  ## rewrite the table of faults in docs/reliability.md from the tests
 	$(BIN)/python tests/faults.py
 
-bench: $(READY)  ## measure on this machine and rewrite the README's table (about 75 minutes)
+bench: $(READY)  ## measure on this machine and rewrite the README's table (about two hours)
 	@code=0; \
 	$(BIN)/python bench/step.py --json $(RESULTS)/step.json || code=1; \
 	$(BIN)/python bench/compile_time.py --json $(RESULTS)/compile_time.json || code=1; \
 	$(BIN)/python bench/linear_cross_entropy.py --json $(RESULTS)/linear_cross_entropy.json || code=1; \
 	$(BIN)/python bench/norm.py --json $(RESULTS)/norm.json || code=1; \
 	$(BIN)/python bench/precision.py --json $(RESULTS)/precision.json || code=1; \
+	$(BIN)/python bench/memory.py --json $(RESULTS)/memory.json || code=1; \
 	$(BIN)/python bench/readme.py && exit $$code
 
 bench-gpu: $(READY)  ## check and time the kernels on this machine's GPU (9 minutes; docs/gpu.md)

@@ -22,9 +22,9 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from measure import alternate, begin, median_ratio, write_json
-from memory import peak_over_rest
 from rich.console import Console
 from rich.table import Table
+from rss import peak_over_rest
 from torch import Tensor
 
 from fxopt.ops.linear_cross_entropy import linear_cross_entropy

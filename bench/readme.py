@@ -1,4 +1,4 @@
-"""Rewrite what the README and docs/precision.md say was measured, from the JSON of the last benchmark runs.
+"""Rewrite what the README and the pages of docs/ say was measured, from the JSON of the last benchmark runs.
 
 python bench/readme.py           rewrite the text between the markers
 python bench/readme.py --check   only say whether it is what the JSON says
@@ -10,6 +10,7 @@ import statistics
 import sys
 from typing import Any
 
+import memory
 from measure import RESULTS, ROOT, busy_warning, machine_line
 from precision import AUTOCAST, FP32, OURS, TARGETS, curve_summary, error_cells
 
@@ -169,7 +170,59 @@ def curve_line(found: dict[str, Any]) -> str:
     )
 
 
-PAGES = {"README.md": measured_text, "docs/precision.md": precision_text}
+def memory_text() -> str:
+    """Return what stands between the markers of docs/memory.md."""
+    result = load("memory")
+    lines = [
+        f"Measured by `bench/memory.py` on {result['machine']['date'][:10]}, on {machine_line(result['machine'])}.",
+        busy_warning(result["machine"]),
+        "",
+        f"Models of {memory.LAYERS} layers, hidden {memory.HIDDEN}, vocabulary {memory.VOCAB}, {memory.BATCH} x "
+        f"{memory.LENGTH} tokens, fp32; gpt2 with dropout. In MiB. Gradients: how much they differ from "
+        "those without a plan.",
+        "",
+        "| case | budget | measured peak | used | predicted | recomputed, share of modelled time | gradients |",
+        "|---|--:|--:|--:|--:|--:|--:|",
+    ]
+    for case, rows in result.get("budgets", {}).items():
+        lines += [budget_row(case if at == 0 else "", row) for at, row in enumerate(rows)]
+    if (times := result.get("time")) is None:
+        return "\n".join([*lines, "", "Times of planned steps: not measured."])
+    return "\n".join([*lines, "", *plan_times(times)])
+
+
+def budget_row(case: str, row: dict[str, Any]) -> str:
+    """Return a budget and what came of it as a line of a table."""
+    budget, measured, predicted = (row[name] / memory.MIB for name in ("budget", "measured", "predicted"))
+    error, share = 100 * (predicted / measured - 1), 100 * row["recompute_share"]
+    cells = [f"{budget:.1f}", f"{measured:.1f}", f"{100 * measured / budget:.1f}%", f"{error:+.2f}%", f"{share:.1f}%"]
+    gradients = "the same bits" if row["gradients"] == 0 else f"{row['gradients']:.0e}"
+    return f"| {case} | {' | '.join(cells)} | {gradients} |"
+
+
+def plan_times(times: dict[str, Any]) -> list[str]:
+    """Return the table of times in Markdown."""
+    names = {
+        "default": "no budget",
+        "full": "no budget, every layer checkpointed",
+        "checkpointing": "a budget of that one's peak",
+        "half": "half of the default's activations",
+        "30%": "30% of them",
+    }
+    lines = ["| six-layer Llama | peak, MiB | step, ms | ratio |", "|---|--:|--:|--:|"]
+    for name, about in names.items():
+        base = "checkpointed" if name == "checkpointing" else "no budget"
+        ratio = (
+            f"{times['ratios'][name]:.2f}x {base}, target {memory.TARGETS[name]:.2f}x"
+            if name in times["ratios"]
+            else ""
+        )
+        milliseconds = 1000 * statistics.median(times["seconds"][name])
+        lines.append(f"| {about} | {times['peaks'][name] / memory.MIB:.1f} | {milliseconds:,.0f} | {ratio} |")
+    return lines
+
+
+PAGES = {"README.md": measured_text, "docs/precision.md": precision_text, "docs/memory.md": memory_text}
 
 
 def replaced(readme: str, text: str) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from backends import compile_as
 from cases import find
-from memory import peak_over_rest
+from rss import peak_over_rest
 
 
 class Trainer:

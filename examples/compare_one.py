@@ -13,7 +13,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "bench"))  # for memory.py
 
 from corpus import batches
-from memory import begin_peak, end_peak
+from rss import begin_peak, end_peak
 from train_llama import BATCH, LENGTH, make_model, train
 
 WARM = 3  # steps before any is timed: by then everything is compiled and the optimizer has its state

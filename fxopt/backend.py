@@ -19,6 +19,7 @@ from fxopt.differential import same_function
 from fxopt.fake import without_autocast
 from fxopt.fallback import warn_once
 from fxopt.limits import Limit, limit
+from fxopt.memory.measured import watched
 from fxopt.memory.plan import Plan
 from fxopt.options import Options
 from fxopt.outputs import OutputPlan, defer_outputs
@@ -58,7 +59,7 @@ def fxopt(
     def compiler(graph: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         if limited is not None and limited.compiler != "inductor":
             return uncompiled(graph, inputs, limited.compiler)
-        compiled, plans[0] = compile_planned(graph, inputs, patches, key, parsed)
+        compiled, plans[0] = compile_planned(graph, inputs, patches, key, parsed, name)
         return compiled
 
     found, compiled = run(gm, example_inputs, parsed, compiler, name, chooser_for(parsed, patches), limited=limited)
@@ -68,7 +69,7 @@ def fxopt(
 
 
 def compile_planned(
-    graph: fx.GraphModule, inputs: Sequence[Any], patches: Mapping[str, Any], key: str, options: Options
+    graph: fx.GraphModule, inputs: Sequence[Any], patches: Mapping[str, Any], key: str, options: Options, name: str
 ) -> tuple[Callable[..., Any], Plan | None]:
     """Compile `graph` by Inductor, within the memory budget if there is one; and the plan, None without.
 
@@ -76,12 +77,16 @@ def compile_planned(
     """
     if options.memory is None:
         return compat.compile_graph(graph, inputs, patches, key), None
+
     from fxopt.passes.memory_plan import planning  # it loads Inductor, which an explanation does without
 
     try:
-        with planning(graph, options.memory, f"{key} {sorted(patches.items())}") as found:
+        with planning(graph, options.memory, f"{key} {sorted(patches.items())}", name) as found:
             planned = {**patches, "custom_partitioner_fn": found.partitioner}
-            return compat.compile_graph(graph, inputs, planned, key), found.plan
+            compiled = compat.compile_graph(graph, inputs, planned, key)
+        if found.plan is not None:
+            compiled = watched(compiled, found.plan, found.device)
+        return compiled, found.plan
     except compat.DYNAMO_CONTROL:
         raise
     except Exception as error:

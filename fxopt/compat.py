@@ -111,8 +111,11 @@ def inherit_from_dynamo(gm: fx.GraphModule, source: fx.GraphModule) -> None:
     """Tell AOTAutograd of `gm` what it would learn of `source`, Dynamo's graph with the same inputs.
 
     It is which of them are parameters, whose memory stays where it is: CUDA graphs copy all others at every step, and a
-    partitioner is told. It reads it from attributes of the module and of its placeholders.
+    partitioner is told. It reads it from attributes of the module and of its placeholders. Why the graph ends goes with
+    it (`ends_in_break`).
     """
+    if hasattr(source, "compile_subgraph_reason"):
+        gm.compile_subgraph_reason = source.compile_subgraph_reason
     own = [name for name, _ in (*gm.named_parameters(), *gm.named_buffers())]
     before, after = (list(one.graph.find_nodes(op="placeholder")) for one in (source, gm))
     known = hasattr(source, "_param_name_to_source") and all(hasattr(node, "_dynamo_source") for node in before)

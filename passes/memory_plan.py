@@ -32,6 +32,7 @@ from fxopt.memory.replay import Replay, replay
 from fxopt.memory.request import Request
 from fxopt.memory.resident import found_optimizer, inputs_of, optimizer_bytes, resident_bytes
 from fxopt.memory.solve import Solution
+from fxopt.memory.steps import Piece, Step, earlier_pieces, note_piece
 from fxopt.memory.units import show_bytes
 from fxopt.version import VERSION
 
@@ -68,8 +69,8 @@ class Planning:
     without a backward.
     """
 
-    def __init__(self, key: str, request: Request, device: torch.device):
-        self.key, self.request, self.device = key, request, device
+    def __init__(self, key: str, request: Request, device: torch.device, step: Step):
+        self.key, self.request, self.device, self.step = key, request, device, step
         self.remembered = _recall(key)
         self.plan = self.remembered.plan if self.remembered is not None else None
         self.error: Exception | None = None
@@ -103,21 +104,32 @@ class Planning:
             notes.append(f"no optimizer was found and none was named: {optimizer} is counted (option optimizer)")
         state = optimizer_bytes(optimizer, cut.inputs)
         resident = resident_bytes(cut.inputs, state, request.accumulation, known)
-        rest = budget - sum(resident.values()) - known.margin * budget
-        decision = self._decided(cut, rest, resident, budget, notes)
+        fixed = sum(resident.values()) + self.step.held + int(known.margin * budget)
+        notes += self._shared()
+        decision = self._decided(cut, fixed, resident, budget, notes)
         saved = None if decision.solution is None else cut.names(decision.solution)
         plan = describe.plan_of(cut.joint, decision, cut.stock, budget, resident, notes)
         return plan, saved
 
-    def _decided(self, cut: _Cut, rest: float, resident: dict[str, int], budget: int, notes: list[str]) -> Decision:
-        """Raises BudgetError, unless ``infeasible="minimum"``."""
+    def _shared(self) -> list[str]:
+        """What is to be said where the step has other graphs."""
+        found = []
+        if self.step.earlier:
+            others = ", ".join(piece.name for piece in self.step.earlier)
+            found.append(f"the budget is shared with {others} of this step, which hold {show_bytes(self.step.held)}")
+        if self.step.more:
+            found.append("others follow after a graph break: half of what is left is planned for this one")
+        return found
+
+    def _decided(self, cut: _Cut, fixed: int, resident: dict[str, int], budget: int, notes: list[str]) -> Decision:
+        """Raises BudgetError, unless ``infeasible="minimum"``. fixed: bytes that no plan changes."""
         try:
             link, reason = self.request.link_on(device_of(self.device), compat.records_cuda_graphs())
             notes += [reason] if reason else []
-            return decide(cut.joint, cut.stock, rest, cut.replayed, link)
+            return decide(cut.joint, cut.stock, (budget - fixed) * self.step.share, cut.replayed, link)
         except Infeasible as none:
             lowest = none.lowest
-            minimum = int(budget - rest) + lowest.replay.peak
+            minimum = fixed + int(lowest.replay.peak / self.step.share)
             if self.request.infeasible == "minimum":
                 notes.append(f"no plan fits {show_bytes(budget)}: this is the one with the lowest peak there is")
                 return lowest
@@ -222,8 +234,8 @@ def _recall(key: str) -> _Remembered | None:
         return None
 
 
-def _key(gm: fx.GraphModule, request: Request, device: torch.device, options: str) -> str:
-    parts = [VERSION, torch.__version__, repr(request), repr(device_of(device)), options]
+def _key(gm: fx.GraphModule, request: Request, device: torch.device, step: Step, options: str) -> str:
+    parts = [VERSION, torch.__version__, repr(request), repr(device_of(device)), repr(step), options]
     parts.append(f"CUDA graphs {compat.records_cuda_graphs()}")
     for module in gm.modules():
         if isinstance(module, fx.GraphModule):
@@ -241,15 +253,16 @@ def _described(value: Any) -> str:
 
 
 @contextlib.contextmanager
-def planning(gm: fx.GraphModule, request: Request, options: str) -> Iterator[Planning]:
-    """Within, `Planning.partitioner` plans the compilation of `gm`.
+def planning(gm: fx.GraphModule, request: Request, options: str, name: str = "graph 0") -> Iterator[Planning]:
+    """Within, `Planning.partitioner` plans the compilation of `gm`, which the report calls `name`.
 
     options: all else that the code depends on. Raises OptionError for a budget that the device cannot have; what
     planning raises is raised as it is, BudgetError among it.
     """
     device = _device_of(gm)
     request.budget.on(device, device_of(device))  # a mistake is an error before anything is traced
-    found = Planning(_key(gm, request, device, options), request, device)
+    step = Step(earlier_pieces(), compat.ends_in_break(gm))
+    found = Planning(_key(gm, request, device, step, options), request, device, step)
     _OPEN[found.partitioner.name] = found
     try:
         yield found
@@ -259,6 +272,8 @@ def planning(gm: fx.GraphModule, request: Request, options: str) -> Iterator[Pla
         raise
     finally:
         del _OPEN[found.partitioner.name]
+    if found.plan is not None:
+        note_piece(Piece(name, sum(found.plan.resident.values()), found.plan.retained), step.more)
 
 
 def _device_of(gm: fx.GraphModule) -> torch.device:

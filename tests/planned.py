@@ -2,19 +2,60 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch import fx
+from torch import fx, nn
+from torch.nn import functional as F
 
 from fxopt import compat
 from fxopt.fake import value_of
+from fxopt.memory.joint import Joint, read
 from fxopt.memory.plan import Plan
+from fxopt.memory.rates import CPU
 from fxopt.memory.replay import GRADIENTS, KEPT, OUTPUTS, Ledger, Replay
 from fxopt.memory.request import Budget, Request, parse_budget
 from fxopt.passes import memory_plan
+
+WIDTH, TOKENS = 32, 64
+
+
+class Block(nn.Module):
+    """Attention and an MLP with residuals, as a transformer's layer has them."""
+
+    def __init__(self, dropout: float, shared: nn.Linear | None = None):
+        super().__init__()
+        self.norm = nn.LayerNorm(WIDTH)
+        self.qkv, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.up = shared if shared is not None else nn.Linear(WIDTH, 4 * WIDTH)
+        self.down = nn.Linear(4 * WIDTH, WIDTH)
+        self.dropout = dropout
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.qkv(self.norm(x)).view(*x.shape[:2], 3, 2, -1).permute(2, 0, 3, 1, 4)
+        weights = F.dropout((q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1), self.dropout, self.training)
+        x = x + self.out((weights @ v).transpose(1, 2).flatten(2))
+        hidden = F.gelu(self.up(x))
+        return x + F.dropout(self.down(hidden), self.dropout, self.training)
+
+
+class Model(nn.Module):
+    """Some blocks; tied: their `up` is one weight. frozen: the first block is not trained."""
+
+    def __init__(self, layers: int, dropout: float = 0.0, tied: bool = False, frozen: bool = False):
+        super().__init__()
+        shared = nn.Linear(WIDTH, 4 * WIDTH) if tied else None
+        self.layers = nn.ModuleList(Block(dropout, shared) for _ in range(layers))
+        if frozen:
+            self.layers[0].requires_grad_(False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x.square().mean()
 
 
 class _Counted(fx.Interpreter):
@@ -73,6 +114,25 @@ def _fresh(value: Any) -> Any:
         return compat.size_hint(value)
     sizes, strides = ([compat.size_hint(one) for one in many] for many in (value.shape, value.stride()))
     return torch.empty_strided(sizes, strides, dtype=value.dtype, device=value.device)
+
+
+def joint_of(function: Callable[..., Any], *inputs: Any) -> tuple[Joint, Any]:
+    """The joint graph of `function`, read for a CPU, and which of its forward nodes torch keeps."""
+    found: list[tuple[Joint, Any]] = []
+
+    def look(graph: fx.Graph, info: Any, stock: Callable[[], Any], outputs: int) -> Any:
+        chosen = stock()
+        joint = read(graph, info.is_required_fw, outputs, CPU)
+        found.append((joint, joint.mask(chosen)))
+        return chosen
+
+    def partition(joint: fx.GraphModule, given: Any, **how: Any) -> Any:
+        outputs = how["num_fwd_outputs"]
+        return compat.partition(joint, given, lambda *of: look(*of, outputs), **how)
+
+    torch.compiler.reset()
+    torch.compile(function, backend=compat.aot_backend_by(partition))(*inputs)
+    return found[0]
 
 
 def request(budget: Any, **options: Any) -> Request:

@@ -35,6 +35,7 @@ def plan_of(
         resident=dict(resident),
         rows=sorted(rows, key=lambda row: -row.bytes),
         predicted=rest + replay.peak,
+        retained=replay.forward[-1] if replay.forward else 0,
         default=rest + default.peak if default is not None else 0,
         parts={**resident, **replay.parts},
         timeline=Timeline.of(replay.forward, replay.backward, rest),

@@ -274,6 +274,8 @@ _ATTENTION = "scaled_dot_product"
 
 def _never_again(node: fx.Node) -> bool:
     """Whether computing `node` twice could give something else, or have an effect twice."""
+    if node.target is operator.getitem and isinstance(node.args[0], fx.Node):
+        return _never_again(node.args[0])
     if compat.must_save(node) or isinstance(node.target, compat.HigherOrderOperator):
         return True
     if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()) and "inductor_seeds" not in str(

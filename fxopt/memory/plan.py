@@ -58,6 +58,7 @@ class Plan:
     resident:  bytes by what holds them in any case: "parameters", "optimizer", ...
     rows:      a tensor each, largest first.
     predicted: the step's peak in bytes, resident included; by the compiled code's allocations.
+    retained:  bytes that are held from the forward to the backward, resident not included.
     default:   the peak without a plan, in the same way; 0 where it was not computed.
     parts:     bytes at the peak by what holds them; their sum is `predicted`.
     measured:  the peak of a step that has run; None where nobody measured (always on a CPU).
@@ -70,6 +71,7 @@ class Plan:
     resident: dict[str, int]
     rows: list[Row]
     predicted: int
+    retained: int
     default: int
     parts: dict[str, int]
     timeline: Timeline

@@ -18,7 +18,7 @@ from fxopt.memory.solve import NO_BIAS, Peaks, Solution, modelled, recompute_sec
 
 __all__ = ["Decision", "Infeasible", "decide"]
 
-MOST_TRIALS = 5
+MOST_TRIALS, DESCENTS = 5, 3
 ENOUGH = 0.965
 """Share of the budget from which on a plan that fits is not made better."""
 UNDER = 0.85
@@ -72,10 +72,8 @@ class _Loop:
                 return self.decision(None, self.default)
         while self.trials < MOST_TRIALS and not self.settled():
             solution = self.solved(self.budget)
-            if solution is None or self.known(solution):
-                solution = self.solved(None)
-                if solution is None or self.known(solution):
-                    break
+            if solution is None or self.known(solution) is not None:
+                break
             self.tried.append((solution, self.attempt(solution, solution)))
         return self.best()
 
@@ -87,16 +85,19 @@ class _Loop:
 
     def attempt(self, solution: Solution | None, held: Solution) -> Replay:
         """Lower `solution`, whose nodes are those of `held`, and learn by how much the model is wrong."""
-        self.trials += 1
-        replay = self.trial(solution)
+        replay = None if solution is None else self.known(solution)
+        if replay is None:
+            self.trials += 1
+            replay = self.trial(solution)
         self.bias = Peaks(*map(float, replay.peaks)) - modelled(self.joint, held, self.link)
         return replay
 
-    def known(self, solution: Solution) -> bool:
-        return any(
-            np.array_equal(solution.kept, one.kept) and np.array_equal(solution.offloaded, one.offloaded)
-            for one, _ in self.tried
-        )
+    def known(self, solution: Solution) -> Replay | None:
+        """What came of `solution`, if it was tried."""
+        for one, replay in self.tried:
+            if np.array_equal(solution.kept, one.kept) and np.array_equal(solution.offloaded, one.offloaded):
+                return replay
+        return None
 
     def settled(self) -> bool:
         """Whether the last plan fits, and leaves little of the budget."""
@@ -107,16 +108,26 @@ class _Loop:
         fitting = [item for item in self.tried if item[1].peak <= self.budget]
         if fitting:
             return self.decision(*min(fitting, key=lambda item: recompute_seconds(self.joint, item[0].saved)))
-        lowest = self.solved(None)
-        if lowest is not None and not self.known(lowest):
-            self.tried.append((lowest, self.attempt(lowest, lowest)))
-        if not self.tried:
-            raise ValueError("the constraints of the user's checkpoints contradict one another")
-        solution, replay = min(self.tried, key=lambda item: item[1].peak)
+        solution, replay = self.lowest()
         found = self.decision(solution, replay)
         if replay.peak <= self.budget:
             return found
         raise Infeasible(found)
+
+    def lowest(self) -> tuple[Solution, Replay]:
+        """The plan with the lowest peak, found in the same way whatever the budget: what an error names must do."""
+        self.bias = NO_BIAS
+        found: list[tuple[Solution, Replay]] = []
+        for _ in range(DESCENTS):
+            solution = self.solved(None)
+            if solution is None:
+                raise ValueError("the constraints of the user's checkpoints contradict one another")
+            if any(np.array_equal(solution.kept, one.kept) for one, _ in found):
+                break
+            replay = self.attempt(solution, solution)
+            found.append((solution, replay))
+        self.tried += found
+        return min(found, key=lambda item: item[1].peak)
 
 
 def decide(joint: Joint, stock: Array, budget: float, trial: Trial, link: float = 0.0) -> Decision:

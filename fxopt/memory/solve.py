@@ -100,9 +100,7 @@ def repaired(joint: Joint, kept: Array) -> Array:
     """`kept`, and what may not be made again although the backward would need that."""
     kept = kept.copy()
     while len(wrong := np.flatnonzero(closure(joint, kept) & joint.banned)):
-        parts = [at for at, inputs in enumerate(joint.inputs) if joint.view[at] < 1 and set(inputs) & set(wrong)]
-        whole = [at for at in wrong if not joint.view[at]]
-        kept[whole or parts] = True
+        kept[joint.owner[wrong]] = True
     return kept
 
 

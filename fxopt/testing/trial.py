@@ -341,7 +341,6 @@ def _difference(one: Tensor, other: Tensor) -> str | None:
     return None
 
 
-
 def _nudged(model: nn.Module, eps: float, seed: int) -> nn.Module:
     """A copy whose parameters are a rounding away: how far eager may be from the truth if it has no luck."""
     copied, draw = copy.deepcopy(model), torch.Generator().manual_seed(seed)

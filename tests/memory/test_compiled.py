@@ -1,0 +1,151 @@
+"""Plans of code that Inductor compiles: what is replayed is what is allocated, and plans are remembered."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from allocations import peak_bytes
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import fxopt
+from fxopt.errors import BudgetError
+from fxopt.fallback import FxoptWarning
+from fxopt.memory.plan import KEPT, RECOMPUTED, Plan
+from fxopt.passes import memory_plan
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is remembered from elsewhere."""
+    monkeypatch.setenv("FXOPT_CACHE", str(tmp_path))
+    fxopt.clear_reports()
+
+
+SCALAR = {"cpp.simdlen": 1}
+"""Kernels without vectors allocate the same, and compile in half the time."""
+
+
+def llama(layers: int = 2) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    shape = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(**shape, num_hidden_layers=layers, vocab_size=512, use_cache=False)).train()
+
+
+BESIDE = 48 * 1024
+"""Bytes by which formulas of operators exceed what they hold: they count ignored rows and blocks in full."""
+TOKENS = torch.randint(512, (2, 128), generator=torch.Generator().manual_seed(0))
+
+
+def trained(model: Any, options: dict[str, Any]) -> Any:
+    """A step's function under `options`, after one step."""
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend="fxopt", options={"optimizer": "sgd", "inductor": SCALAR, **options})
+
+    def step() -> None:
+        model.zero_grad(set_to_none=True)
+        compiled(input_ids=TOKENS, labels=TOKENS).loss.backward()
+
+    step()
+    return step
+
+
+def last_plan() -> Plan:
+    return fxopt.reports()[-1].plans[0]
+
+
+def resident(model: torch.nn.Module) -> int:
+    return sum(one.nbytes for one in model.parameters()) + TOKENS.nbytes
+
+
+def measured(model: torch.nn.Module, step: Any) -> int:
+    model.zero_grad(set_to_none=True)
+    return peak_bytes(step) + resident(model)
+
+
+def gradients(model: torch.nn.Module) -> list[torch.Tensor]:
+    return [one.grad.clone() for one in model.parameters() if one.grad is not None]
+
+
+def test_a_llama_keeps_to_its_budget_and_its_gradients(tmp_path: Path) -> None:
+    model = llama()
+    step = trained(model, {"memory_budget": "1GiB"})
+    wanted, loose = gradients(model), last_plan()
+    assert measured(model, step) == pytest.approx(loose.predicted, abs=BESIDE)
+    with pytest.raises(BudgetError, match="smallest that would do is") as raised:
+        trained(model, {"memory_budget": 2**20})
+    budget = (raised.value.minimum + loose.predicted) // 2
+    step = trained(model, {"memory_budget": budget})
+    plan = last_plan()
+    assert plan.bytes_of(KEPT) < loose.bytes_of(KEPT)
+    assert plan.bytes_of(RECOMPUTED) > 0
+    assert 0.95 * budget - BESIDE <= measured(model, step) <= budget
+    assert measured(model, step) == pytest.approx(plan.predicted, abs=BESIDE)
+    for one, other in zip(gradients(model), wanted, strict=True):
+        assert (one - other).norm() <= 1e-6 * other.norm()
+    assert fxopt.Report.from_json(fxopt.reports()[-1].to_json()).plans == [plan]
+    text = str(fxopt.reports()[-1])
+    assert "memory: peak" in text
+    assert "made again in" in text
+
+
+def test_a_plan_is_remembered_and_a_broken_file_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, decided = llama(1), []
+    real = memory_plan.decide
+    monkeypatch.setattr(memory_plan, "decide", lambda *given: decided.append(1) or real(*given))
+    trained(model, {"memory_budget": "1GiB"})
+    first = last_plan()
+    trained(model, {"memory_budget": "1GiB"})
+    assert last_plan() == first
+    assert decided == [1]
+    (file,) = (tmp_path / "plans").iterdir()
+    assert json.loads(file.read_text())["plan"]["predicted"] == first.predicted
+    file.write_text("{")
+    trained(model, {"memory_budget": "1GiB"})
+    assert decided == [1, 1]
+    trained(model, {"memory_budget": "2GiB"})
+    assert decided == [1, 1, 1]
+
+
+def test_planning_that_fails_leaves_training_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any) -> None:
+        raise RuntimeError("no plan today")
+
+    monkeypatch.setattr(memory_plan, "decide", broken)
+    model = llama(1)
+    with pytest.warns(FxoptWarning, match="memory plan failed .*no plan today.*no budget is kept"):
+        trained(model, {"memory_budget": "1GiB"})
+    assert fxopt.reports()[-1].plans == []
+    assert all(one.grad is not None for one in model.parameters())
+
+
+def test_graphs_of_one_step_share_the_budget() -> None:
+    first, second = torch.nn.Linear(64, 64), torch.nn.Linear(64, 64)
+
+    def forward(input_ids: torch.Tensor, labels: torch.Tensor) -> Any:
+        x = first(torch.nn.functional.one_hot(input_ids % 64, 64).float()).tanh()
+        torch._dynamo.graph_break()
+        return type("Out", (), {"loss": second(x).square().sum()})
+
+    class Both(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.parts = torch.nn.ModuleList([first, second])
+            self.forward = forward
+
+    trained(Both(), {"memory_budget": "1GiB"})
+    one, other = [report.plans[0] for report in fxopt.reports() if report.plans]
+    assert any("half of what is left" in note for note in one.notes)
+    assert any("shared with graph 0" in note for note in other.notes)
+
+
+def test_a_weight_in_16_bits_is_cast_again_where_there_is_no_room() -> None:
+    model = llama(1)
+    with pytest.raises(BudgetError) as raised:
+        trained(model, {"memory_budget": 2**20, "precision": "bf16"})
+    trained(model, {"memory_budget": raised.value.minimum, "precision": "bf16"})
+    casts = [row for row in last_plan().rows if row.name.startswith(("convert_element_type", "_to_copy"))]
+    assert any(row.decision == RECOMPUTED and row.bytes == 2 * 64 * 128 for row in casts)
