@@ -66,11 +66,9 @@ def _peaks(chart: Mapping[str, Any]) -> list[Tile]:
     budget = chart["budget"]
     found = []
     for name in ("predicted", "measured"):
-        peak = chart[f"{name}_peak"]
+        peak = chart[name]
         if peak is not None:
-            over = budget is not None and peak > budget
-            of = f" of {mib(budget)}" if budget is not None else ""
-            found.append(Tile(mib(peak), f"{name} peak{of}", "bad" if over else "good"))
+            found.append(Tile(mib(peak), f"{name} peak of {mib(budget)}", "bad" if peak > budget else "good"))
     return found
 
 
