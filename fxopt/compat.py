@@ -69,6 +69,7 @@ __all__ = [
     "partition",
     "partitioner_class",
     "pytree",
+    "records_cuda_graphs",
     "shielded_from_autocast",
     "size_expression",
     "size_hint",
@@ -239,6 +240,13 @@ def _guard_partitioner() -> None:
         return stock() if chosen is None else chosen(joint_graph, node_info, stock)
 
     partitioners.choose_saved_values_set = choose
+
+
+def records_cuda_graphs() -> bool:
+    """Whether what Inductor compiles now is recorded in CUDA graphs."""
+    from torch._inductor import config
+
+    return bool(config.triton.cudagraphs)
 
 
 def must_recompute(node: fx.Node) -> bool:

@@ -24,6 +24,7 @@ from fxopt.fake import value_of
 from fxopt.kernels.source import cache_directory, write_whole
 from fxopt.memory import describe
 from fxopt.memory.joint import Joint, read
+from fxopt.memory.offload import Places, offload
 from fxopt.memory.plan import Plan
 from fxopt.memory.planner import Decision, Infeasible, decide
 from fxopt.memory.rates import device_of
@@ -87,13 +88,13 @@ class Planning:
     def _partition(self, gm: fx.GraphModule, inputs: Any, how: dict[str, Any]) -> Any:
         cut = _Cut(gm, inputs, how, self.device)
         if self.remembered is not None and self.remembered.fits(cut.joint):
-            return cut.by(self.remembered.kept)
-        self.plan, kept = self._planned(cut)
-        _remember(self.key, _Remembered(self.made, self.plan, kept))
-        return cut.by(kept)
+            return cut.by(self.remembered.saved)
+        self.plan, saved = self._planned(cut)
+        _remember(self.key, _Remembered(self.made, self.plan, saved))
+        return cut.by(saved)
 
-    def _planned(self, cut: _Cut) -> tuple[Plan, list[str] | None]:
-        """The plan, and the names of what it keeps; None for torch's own choice."""
+    def _planned(self, cut: _Cut) -> tuple[Plan, _Saved | None]:
+        """The plan, and the names of what it saves; None for torch's own choice."""
         request, known, notes = self.request, device_of(self.device), list[str]()
         budget = request.budget.on(self.device, known)
         optimizer = request.optimizer if request.optimizer is not None else found_optimizer(cut.trained_shapes)
@@ -104,14 +105,16 @@ class Planning:
         resident = resident_bytes(cut.inputs, state, request.accumulation, known)
         rest = budget - sum(resident.values()) - known.margin * budget
         decision = self._decided(cut, rest, resident, budget, notes)
-        kept = None if decision.solution is None else cut.names(decision.solution)
+        saved = None if decision.solution is None else cut.names(decision.solution)
         plan = describe.plan_of(cut.joint, decision, cut.stock, budget, resident, notes)
-        return plan, kept
+        return plan, saved
 
     def _decided(self, cut: _Cut, rest: float, resident: dict[str, int], budget: int, notes: list[str]) -> Decision:
         """Raises BudgetError, unless ``infeasible="minimum"``."""
         try:
-            return decide(cut.joint, cut.stock, rest, cut.replayed)
+            link, reason = self.request.link_on(device_of(self.device), compat.records_cuda_graphs())
+            notes += [reason] if reason else []
+            return decide(cut.joint, cut.stock, rest, cut.replayed, link)
         except Infeasible as none:
             lowest = none.lowest
             minimum = int(budget - rest) + lowest.replay.peak
@@ -141,15 +144,16 @@ class _Cut:
         self.inputs, self.trained_shapes = inputs_of(graph, info.static_lifetime_input_nodes, self.outputs)
         return chosen
 
-    def names(self, solution: Solution) -> list[str]:
-        """Of the nodes that `solution` keeps."""
-        return [node.name for node, kept in zip(self.joint.forward, solution.kept, strict=True) if kept]
+    def names(self, solution: Solution) -> _Saved:
+        """Of the nodes that `solution` keeps, and of those that it offloads."""
+        forward = self.joint.forward
+        return _Saved(*([forward[at].name for at in part.nonzero()[0]] for part in (solution.kept, solution.offloaded)))
 
-    def by(self, kept: Sequence[str] | None) -> Any:
-        """(forward, backward) with exactly `kept` saved; None: torch's own choice."""
-        if kept is None:
+    def by(self, saved: _Saved | None) -> Any:
+        """(forward, backward) with exactly `saved` saved; None: torch's own choice."""
+        if saved is None:
             return compat.partition(self.gm, self.joint_inputs, _stock, **self.how)
-        wanted = set(kept)
+        wanted = {*saved.kept, *saved.offloaded}
 
         def choose(graph: fx.Graph, info: Any, _: Callable[[], Any]) -> list[fx.Node]:
             """And every input and symbolic number: torch leaves out what the backward turns out not to read."""
@@ -161,7 +165,10 @@ class _Cut:
             ]
             return list(dict.fromkeys([*info.inputs, *chosen]))
 
-        return compat.partition(self.gm, self.joint_inputs, choose, **self.how)
+        forward, backward = compat.partition(self.gm, self.joint_inputs, choose, **self.how)
+        if saved.offloaded:
+            offload(forward, backward, saved.offloaded, Places.of(self.joint), self.outputs)
+        return forward, backward
 
     def replayed(self, solution: Solution | None) -> Replay:
         """The memory of the code that `solution` comes to."""
@@ -169,7 +176,7 @@ class _Cut:
         static = list(self.how.get("static_lifetime_input_indices") or ())
         granularity = CUDA_GRANULARITY if self.device.type == "cuda" else 1
         lowered = compat.lower(forward, False, static), compat.lower(backward, True)
-        return replay(*lowered, self.outputs, granularity)
+        return replay(*lowered, self.outputs, granularity, self.device.type)
 
 
 # --- remembering: on a hit in torch's caches nobody asks for a plan, and the report must not be lost ----------------
@@ -180,16 +187,25 @@ def _path(key: str) -> Any:
 
 
 @dataclasses.dataclass(frozen=True)
+class _Saved:
+    """Names of forward nodes whose values wait for the backward, on the device and on the host."""
+
+    kept: list[str]
+    offloaded: list[str]
+
+
+@dataclasses.dataclass(frozen=True)
 class _Remembered:
-    """made: a name for this plan, of which no two are alike. kept: see `_Cut.by`."""
+    """made: a name for this plan, of which no two are alike. saved: see `_Cut.by`."""
 
     made: str
     plan: Plan
-    kept: list[str] | None
+    saved: _Saved | None
 
     def fits(self, joint: Joint) -> bool:
-        """Whether the nodes that it keeps are there."""
-        return {node.name for node in joint.forward} >= set(self.kept or ())
+        """Whether the nodes that it saves are there."""
+        names = {*self.saved.kept, *self.saved.offloaded} if self.saved is not None else set()
+        return {node.name for node in joint.forward} >= names
 
 
 def _remember(key: str, found: _Remembered) -> None:
@@ -200,13 +216,15 @@ def _remember(key: str, found: _Remembered) -> None:
 def _recall(key: str) -> _Remembered | None:
     try:
         data = json.loads(_path(key).read_text())
-        return _Remembered(str(data["made"]), Plan.from_json(data["plan"]), data["kept"])
+        saved = None if data["saved"] is None else _Saved(**data["saved"])
+        return _Remembered(str(data["made"]), Plan.from_json(data["plan"]), saved)
     except (OSError, ValueError, TypeError, KeyError):  # none, or a file that somebody broke
         return None
 
 
 def _key(gm: fx.GraphModule, request: Request, device: torch.device, options: str) -> str:
     parts = [VERSION, torch.__version__, repr(request), repr(device_of(device)), options]
+    parts.append(f"CUDA graphs {compat.records_cuda_graphs()}")
     for module in gm.modules():
         if isinstance(module, fx.GraphModule):
             parts.append(module.code)

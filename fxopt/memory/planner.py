@@ -106,7 +106,7 @@ class _Loop:
         """The cheapest that fits. Raises Infeasible."""
         fitting = [item for item in self.tried if item[1].peak <= self.budget]
         if fitting:
-            return self.decision(*min(fitting, key=lambda item: recompute_seconds(self.joint, item[0].kept)))
+            return self.decision(*min(fitting, key=lambda item: recompute_seconds(self.joint, item[0].saved)))
         lowest = self.solved(None)
         if lowest is not None and not self.known(lowest):
             self.tried.append((lowest, self.attempt(lowest, lowest)))

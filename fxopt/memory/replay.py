@@ -17,6 +17,7 @@ import torch
 
 from fxopt import compat
 from fxopt.memory.plan import Trace
+from fxopt.ops.offload_operator import SEND
 from fxopt.ops.registry import memory_of
 
 __all__ = ["GRADIENTS", "KEPT", "OUTPUTS", "WORKING", "Ledger", "Replay", "replay"]
@@ -35,20 +36,28 @@ class Event:
 
 @dataclass
 class Ledger:
-    """Every allocation and release, and the bytes held now. granularity: what the allocator rounds up to."""
+    """Every allocation and release, and the bytes held now.
+
+    granularity: what the allocator rounds up to. device: the type of that whose memory counts; "": all.
+    """
 
     granularity: int = 1
+    device: str = ""
     now: int = 0
     events: list[Event] = field(default_factory=list)
     labels: dict[int, str] = field(default_factory=dict)
     names: dict[int, str] = field(default_factory=dict)
     _numbers: dict[int, int] = field(default_factory=dict)
 
-    def add(self, value: Any) -> None:
-        """Count the memory of the tensors in `value` until the last of them is gone; what is known counts once."""
+    def add(self, value: Any, on_host: bool = False) -> None:
+        """Count the memory of the tensors in `value` until the last of them is gone; what is known counts once.
+
+        on_host: it is memory of the host, whatever device this is.
+        """
         for storage in _storages(value):
             if storage._cdata not in self._numbers:
-                size = -(-int(storage.nbytes()) // self.granularity) * self.granularity
+                elsewhere = on_host or self.device not in ("", storage.device.type)
+                size = 0 if elsewhere else -(-int(storage.nbytes()) // self.granularity) * self.granularity
                 number = len(self.events)
                 self._numbers[storage._cdata] = number
                 weakref.finalize(storage, self._release, storage._cdata, number, size)
@@ -138,12 +147,14 @@ def _trace(ledger: Ledger, turn: int) -> Trace:
     )
 
 
-def replay(forward: compat.Lowered, backward: compat.Lowered, outputs: int, granularity: int = 1) -> Replay:
+def replay(
+    forward: compat.Lowered, backward: compat.Lowered, outputs: int, granularity: int = 1, device: str = ""
+) -> Replay:
     """Replay a step. outputs: how many of the forward's results the caller gets, and holds until the end.
 
-    granularity: bytes to a multiple of which the allocator rounds. Raises what the code raises.
+    granularity: bytes to a multiple of which the allocator rounds. device: see `Ledger`. Raises what the code raises.
     """
-    ledger = Ledger(granularity)
+    ledger = Ledger(granularity, device)
     with compat.FakeTensorMode(allow_non_fake_inputs=True):
         given = [_empty(item) for item in forward.inputs]
         ledger.ignore(given)
@@ -217,7 +228,9 @@ class _Doubles:
         cost = memory_of(operator, *args, **kwargs)
         if cost is not None:
             self.ledger.briefly(cost.outputs + cost.workspace)
-        return self.counted(operator(*args, **kwargs))
+        found = operator(*args, **kwargs)
+        self.ledger.add(found, on_host=operator is SEND)
+        return found
 
     def _allocator(self, kind: str) -> Callable[..., torch.Tensor]:
         def allocate(size: Any, stride: Any, dtype: torch.dtype) -> torch.Tensor:

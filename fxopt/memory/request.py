@@ -141,3 +141,18 @@ class Request:
     def link(self, device: Device) -> float:
         """Bytes a second for offloading, each way; 0: none."""
         return device.link if self.offload is True else 1e9 * float(self.offload) if device.link else 0.0
+
+    def link_on(self, device: Device, cuda_graphs: bool) -> tuple[float, str]:
+        """The same, and why it is 0 although offloading was asked for, or "".
+
+        cuda_graphs: whether steps are recorded, with the addresses of host memory that other steps may have by then.
+        """
+        link = self.link(device)
+        if self.offload and not link:
+            return 0.0, f"nothing is offloaded: {device.name} has no memory of its own, apart from the host's"
+        if link and cuda_graphs:
+            return 0.0, (
+                "nothing is offloaded: CUDA graphs record copies with the addresses of one step. To offload, leave "
+                'mode="reduce-overhead" and triton.cudagraphs out'
+            )
+        return link, ""

@@ -23,8 +23,9 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import coo_matrix
 
 from fxopt.memory.joint import NEVER, Array, Joint
+from fxopt.memory.offload import movable
 
-__all__ = ["NO_BIAS", "Peaks", "Solution", "closure", "modelled", "recompute_seconds", "solve"]
+__all__ = ["NO_BIAS", "Peaks", "Solution", "closure", "modelled", "offloadable", "recompute_seconds", "solve"]
 
 MIB = 2**20
 POSITIONS = 20
@@ -64,6 +65,11 @@ class Solution:
     offloaded: Array
     optimal: bool
 
+    @property
+    def saved(self) -> Array:
+        """Whether it is not made again: kept or offloaded."""
+        return self.kept | self.offloaded
+
 
 def closure(joint: Joint, kept: Array) -> Array:
     """Which nodes are made again if exactly `kept` are held: what the backward needs, and what that needs."""
@@ -88,6 +94,12 @@ def repaired(joint: Joint, kept: Array) -> Array:
         whole = [at for at in wrong if not joint.view[at]]
         kept[whole or parts] = True
     return kept
+
+
+def offloadable(joint: Joint) -> Array:
+    """Which values may be copied to the host: of some size, in one piece, and with memory of their own."""
+    large = (joint.size >= LEAST_OFFLOAD) & ~joint.view
+    return large & np.array([movable(node) for node in joint.forward], dtype=bool)
 
 
 class _Times:
@@ -122,7 +134,7 @@ class _Program:
         self.low, self.high = list[float](), list[float]()
         self.size, self.remade = joint.size / MIB, joint.remade / MIB
         self.members = [np.flatnonzero(joint.block == block) for block in range(joint.blocks)]
-        self.may_offload = (joint.size >= LEAST_OFFLOAD) & ~joint.view & bool(link)
+        self.may_offload = offloadable(joint) if link else np.zeros(count, dtype=bool)
         self.forward_rows, self.backward_rows = list[int](), list[int]()
         self._needs()
         self._sums()

@@ -34,6 +34,7 @@ _MODULES = (
     "fxopt.ops.key_intervals",
     "fxopt.ops.loss_operator",
     "fxopt.ops.norm_operator",
+    "fxopt.ops.offload_operator",
     "fxopt.ops.query_tiles",
 )
 """Modules with a ``MEMORY: dict[OpOverload, Formula]``; imported at the first look-up, since they import this one."""
