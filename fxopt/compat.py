@@ -70,6 +70,7 @@ __all__ = [
     "partitioner_class",
     "pytree",
     "records_cuda_graphs",
+    "returns_aligned",
     "shielded_from_autocast",
     "size_expression",
     "size_hint",
@@ -247,6 +248,26 @@ def records_cuda_graphs() -> bool:
     from torch._inductor import config
 
     return bool(config.triton.cudagraphs)
+
+
+@functools.cache
+def returns_aligned(operator: Any) -> None:
+    """Let Inductor know that the custom `operator` returns new memory, which allocators align, whatever it reads.
+
+    By itself it takes the result of an operator that reads host memory for unaligned, and kernels that read it load
+    numbers one by one.
+    """
+    from torch._inductor import lowering
+    from torch._inductor.virtualized import V
+
+    fallback = lowering.fallback_handler(operator)
+
+    def lower(*args: Any, **kwargs: Any) -> Any:
+        made = fallback(*args, **kwargs)
+        V.graph.unaligned_buffers.discard(made.get_name())
+        return made
+
+    lowering.register_lowering(operator, type_promotion_kind=None)(lower)
 
 
 def must_recompute(node: fx.Node) -> bool:

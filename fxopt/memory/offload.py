@@ -66,6 +66,7 @@ def offload(
 
     outputs: how many of the forward's results are the caller's. Names that the forward does not save are ignored.
     """
+    compat.returns_aligned(FETCH)
     wanted = set(names)
     hosts = _send(forward.graph, wanted, places, outputs)
     _fetch(backward.graph, hosts, places)

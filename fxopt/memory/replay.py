@@ -54,9 +54,10 @@ class Ledger:
 
         on_host: it is memory of the host, whatever device this is.
         """
-        for storage in _storages(value):
+        for tensor in _tensors(value):
+            storage = tensor.untyped_storage()
             if storage._cdata not in self._numbers:
-                elsewhere = on_host or self.device not in ("", storage.device.type)
+                elsewhere = on_host or self.device not in ("", tensor.device.type)
                 size = 0 if elsewhere else -(-int(storage.nbytes()) // self.granularity) * self.granularity
                 number = len(self.events)
                 self._numbers[storage._cdata] = number
@@ -91,8 +92,12 @@ class Ledger:
         self.events.append(Event(number, size))
 
 
+def _tensors(value: Any) -> list[torch.Tensor]:
+    return [one for one in compat.pytree.tree_leaves(value) if isinstance(one, torch.Tensor)]
+
+
 def _storages(value: Any) -> list[Any]:
-    return [one.untyped_storage() for one in compat.pytree.tree_leaves(value) if isinstance(one, torch.Tensor)]
+    return [one.untyped_storage() for one in _tensors(value)]
 
 
 @dataclass(frozen=True)
