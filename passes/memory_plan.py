@@ -27,7 +27,7 @@ from fxopt.memory.joint import Joint, read
 from fxopt.memory.offload import Places, offload
 from fxopt.memory.plan import Plan
 from fxopt.memory.planner import Decision, Infeasible, decide
-from fxopt.memory.rates import device_of
+from fxopt.memory.rates import Device, device_of
 from fxopt.memory.replay import Replay, replay
 from fxopt.memory.request import Request
 from fxopt.memory.resident import found_optimizer, inputs_of, optimizer_bytes, resident_bytes
@@ -35,10 +35,8 @@ from fxopt.memory.solve import Solution
 from fxopt.memory.units import show_bytes
 from fxopt.version import VERSION
 
-__all__ = ["MemoryPlan", "Planning", "planning"]
+__all__ = ["Cut", "MemoryPlan", "Planning", "planned", "planning"]
 
-CUDA_GRANULARITY = 512
-"""What CUDA's caching allocator rounds to (c10/cuda/CUDACachingAllocator.cpp, kMinBlockSize)."""
 ASSUMED_OPTIMIZER = "adamw"
 
 
@@ -86,60 +84,66 @@ class Planning:
             raise
 
     def _partition(self, gm: fx.GraphModule, inputs: Any, how: dict[str, Any]) -> Any:
-        cut = _Cut(gm, inputs, how, self.device)
+        cut = Cut(gm, inputs, how, self.device, device_of(self.device))
         if self.remembered is not None and self.remembered.fits(cut.joint):
             return cut.by(self.remembered.saved)
-        self.plan, saved = self._planned(cut)
+        self.plan, saved = planned(cut, self.request, self.request.budget.on(self.device, cut.known))
         _remember(self.key, _Remembered(self.made, self.plan, saved))
         return cut.by(saved)
 
-    def _planned(self, cut: _Cut) -> tuple[Plan, _Saved | None]:
-        """The plan, and the names of what it saves; None for torch's own choice."""
-        request, known, notes = self.request, device_of(self.device), list[str]()
-        budget = request.budget.on(self.device, known)
-        optimizer = request.optimizer if request.optimizer is not None else found_optimizer(cut.trained_shapes)
-        if optimizer is None:
-            optimizer = ASSUMED_OPTIMIZER
-            notes.append(f"no optimizer was found and none was named: {optimizer} is counted (option optimizer)")
-        state = optimizer_bytes(optimizer, cut.inputs)
-        resident = resident_bytes(cut.inputs, state, request.accumulation, known)
-        rest = budget - sum(resident.values()) - known.margin * budget
-        decision = self._decided(cut, rest, resident, budget, notes)
-        saved = None if decision.solution is None else cut.names(decision.solution)
-        plan = describe.plan_of(cut.joint, decision, cut.stock, budget, resident, notes)
-        return plan, saved
 
-    def _decided(self, cut: _Cut, rest: float, resident: dict[str, int], budget: int, notes: list[str]) -> Decision:
-        """Raises BudgetError, unless ``infeasible="minimum"``."""
-        try:
-            link, reason = self.request.link_on(device_of(self.device), compat.records_cuda_graphs())
-            notes += [reason] if reason else []
-            return decide(cut.joint, cut.stock, rest, cut.replayed, link)
-        except Infeasible as none:
-            lowest = none.lowest
-            minimum = int(budget - rest) + lowest.replay.peak
-            if self.request.infeasible == "minimum":
-                notes.append(f"no plan fits {show_bytes(budget)}: this is the one with the lowest peak there is")
-                return lowest
-            raise BudgetError(describe.infeasible(budget, minimum, resident, lowest), minimum) from None
+def planned(cut: Cut, request: Request, budget: int) -> tuple[Plan, _Saved | None]:
+    """The plan of `cut` within `budget` bytes, and the names of what it saves; None for torch's own choice.
+
+    Raises BudgetError, unless ``infeasible="minimum"``.
+    """
+    known, notes = cut.known, list[str]()
+    optimizer = request.optimizer if request.optimizer is not None else found_optimizer(cut.trained_shapes)
+    if optimizer is None:
+        optimizer = ASSUMED_OPTIMIZER
+        notes.append(f"no optimizer was found and none was named: {optimizer} is counted (option optimizer)")
+    state = optimizer_bytes(optimizer, cut.inputs)
+    resident = resident_bytes(cut.inputs, state, request.accumulation, known)
+    rest = budget - sum(resident.values()) - known.margin * budget
+    decision = _decided(cut, request, rest, resident, budget, notes)
+    saved = None if decision.solution is None else cut.names(decision.solution)
+    return describe.plan_of(cut.joint, decision, cut.stock, budget, resident, notes), saved
+
+
+def _decided(
+    cut: Cut, request: Request, rest: float, resident: dict[str, int], budget: int, notes: list[str]
+) -> Decision:
+    try:
+        link, reason = request.link_on(cut.known, compat.records_cuda_graphs())
+        notes += [reason] if reason else []
+        return decide(cut.joint, cut.stock, rest, cut.replayed, link)
+    except Infeasible as none:
+        lowest = none.lowest
+        minimum = int(budget - rest) + lowest.replay.peak
+        if request.infeasible == "minimum":
+            notes.append(f"no plan fits {show_bytes(budget)}: this is the one with the lowest peak there is")
+            return lowest
+        raise BudgetError(describe.infeasible(budget, minimum, resident, lowest), minimum) from None
 
 
 def _stock(_: fx.Graph, __: Any, stock: Callable[[], Any]) -> Any:
     return stock()
 
 
-class _Cut:
-    """A joint graph, read, and what comes of cutting it one way or another."""
+class Cut:
+    """A joint graph, and what comes of cutting it one way or another.
 
-    def __init__(self, gm: fx.GraphModule, inputs: Any, how: dict[str, Any], device: torch.device):
-        self.gm, self.joint_inputs, self.how, self.device = gm, inputs, how, device
+    device: of its tensors. known: what is known of that; or of another, which the plan is for.
+    """
+
+    def __init__(self, gm: fx.GraphModule, inputs: Any, how: dict[str, Any], device: torch.device, known: Device):
+        self.gm, self.joint_inputs, self.how, self.device, self.known = gm, inputs, how, device, known
         self.outputs: int = how["num_fwd_outputs"]
         compat.partition(gm, inputs, self._read, **how)
 
     def _read(self, graph: fx.Graph, info: Any, stock: Callable[[], Any]) -> Any:
         chosen = stock()
-        known = device_of(self.device)
-        self.joint: Joint = read(graph, info.is_required_fw, self.outputs, known)
+        self.joint: Joint = read(graph, info.is_required_fw, self.outputs, self.known)
         self.stock = self.joint.mask(chosen)
         self.inputs, self.trained_shapes = inputs_of(graph, info.static_lifetime_input_nodes, self.outputs)
         return chosen
@@ -174,9 +178,8 @@ class _Cut:
         """The memory of the code that `solution` comes to."""
         forward, backward = self.by(None if solution is None else self.names(solution))
         static = list(self.how.get("static_lifetime_input_indices") or ())
-        granularity = CUDA_GRANULARITY if self.device.type == "cuda" else 1
         lowered = compat.lower(forward, False, static), compat.lower(backward, True)
-        return replay(*lowered, self.outputs, granularity, self.device.type)
+        return replay(*lowered, self.outputs, self.known.granularity, self.device.type)
 
 
 # --- remembering: on a hit in torch's caches nobody asks for a plan, and the report must not be lost ----------------
@@ -196,7 +199,7 @@ class _Saved:
 
 @dataclasses.dataclass(frozen=True)
 class _Remembered:
-    """made: a name for this plan, of which no two are alike. saved: see `_Cut.by`."""
+    """made: a name for this plan, of which no two are alike. saved: see `Cut.by`."""
 
     made: str
     plan: Plan

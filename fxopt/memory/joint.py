@@ -49,6 +49,7 @@ class Joint:
     seconds, saving: of making it again, and of keeping it (writing and reading).
     flops, backward_flops.
     forced, banned: whether it must be made again (the user's checkpoint), or must not be (random numbers, effects).
+    running:   bytes at each position of `forward` that its node holds only while it runs.
     transient, gradients: bytes at each position of `backward` besides what was kept or made again.
     heavy:     positions of `backward` at which much is allocated.
     held:      bytes of the forward's outputs, which the caller holds. held_so_far: at each position of `forward`.
@@ -76,6 +77,7 @@ class Joint:
     backward_seconds: Array
     forced: Array
     banned: Array
+    running: Array
     transient: Array
     gradients: Array
     heavy: list[int]
@@ -109,6 +111,7 @@ class _Reader:
         self.backward = [node for node in calls if node not in forward]
         self.at = {node: index for index, node in enumerate(self.forward)}
         self.position = {node: index for index, node in enumerate(self.backward)}
+        self.tangents = [node for node in nodes if node.op == "placeholder" and "tangents" in node.name]
         returned = compat.pytree.arg_tree_leaves(*nodes[-1].args)
         self.first_storage: dict[Any, fx.Node] = {}
         for node in nodes:
@@ -190,6 +193,7 @@ class _Reader:
             ),
             forced=forced,
             banned=banned,
+            running=np.array([_running(node) for node in forward], dtype=float),
             transient=transient,
             gradients=gradients,
             heavy=self._heavy(backward_flops, whole.max(initial=1.0)),
@@ -237,10 +241,13 @@ class _Reader:
         for node, position in self.position.items():
             for item in node.all_input_nodes:
                 last[self.owner(item)] = position
+        for node in self.tangents:
+            change[0] += bytes_of(value_of(node))
+            change[last.get(node, 0) + 1] -= bytes_of(value_of(node))
         for node, position in self.position.items():
+            change[position] += (running := _running(node))
+            change[position + 1] -= running
             if self.owner(node) is not node or not _is_tensor(node):
-                change[position] += (extra := _workspace(node))
-                change[position + 1] -= extra
                 continue
             size = bytes_of(value_of(node))
             if node in self.gradients:
@@ -260,13 +267,15 @@ def _is_tensor(node: fx.Node) -> bool:
     return isinstance(value_of(node), torch.Tensor)
 
 
-def _workspace(node: fx.Node) -> int:
-    """Bytes that one of fxopt's operators holds while it runs."""
+def _running(node: fx.Node) -> int:
+    """Bytes that one of fxopt's operators holds while it runs; of a tuple's parts, that are counted later, too."""
     try:
         found = memory_of(node.target, *map(value_of, node.args), **{k: value_of(v) for k, v in node.kwargs.items()})
     except (TypeError, ValueError):  # symbolic sizes
         return 0
-    return found.workspace if found else 0
+    if found is None:
+        return 0
+    return found.workspace + (0 if _is_tensor(node) else found.outputs)
 
 
 _ATTENTION = "scaled_dot_product"

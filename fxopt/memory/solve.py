@@ -25,7 +25,7 @@ from scipy.sparse import coo_matrix
 from fxopt.memory.joint import NEVER, Array, Joint
 from fxopt.memory.offload import movable
 
-__all__ = ["NO_BIAS", "Peaks", "Solution", "closure", "modelled", "offloadable", "recompute_seconds", "solve"]
+__all__ = ["NO_BIAS", "Lives", "Peaks", "Solution", "closure", "forward_transient", "modelled", "offloadable", "recompute_seconds", "solve"]
 
 MIB = 2**20
 POSITIONS = 20
@@ -102,7 +102,7 @@ def offloadable(joint: Joint) -> Array:
     return large & np.array([movable(node) for node in joint.forward], dtype=bool)
 
 
-class _Times:
+class Lives:
     """When values that are made again begin and end to live, whatever is decided: just before their first reader."""
 
     def __init__(self, joint: Joint):
@@ -125,7 +125,7 @@ class _Program:
 
     def __init__(self, joint: Joint, link: float, bias: Peaks):
         self.joint, self.link, self.bias = joint, link, bias
-        self.times = _Times(joint)
+        self.times = Lives(joint)
         count = len(joint.forward)
         self.again, self.offload, self.sums = count, 2 * count, 3 * count
         self.peak = 3 * count + joint.blocks
@@ -240,7 +240,7 @@ def forward_transient(joint: Joint) -> Array:
     for at, until in enumerate(joint.last_forward):
         change[at] += joint.written[at]
         change[until + 1] -= joint.written[at]
-    return np.cumsum(change)[:-1] + joint.held_so_far
+    return np.cumsum(change)[:-1] + joint.held_so_far + joint.running
 
 
 def solve(

@@ -1,0 +1,67 @@
+"""A step's memory as the model has it, node by node, where no code is lowered to replay.
+
+Against replays of what Inductor compiles for a CPU see `SAFETY`.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from fxopt.memory.joint import Array, Joint
+from fxopt.memory.replay import GRADIENTS, KEPT, OUTPUTS, WORKING, Replay
+from fxopt.memory.solve import Lives, Solution, closure, forward_transient
+
+__all__ = ["modelled_step"]
+
+
+def modelled_step(joint: Joint, solution: Solution) -> Replay:
+    """Bytes at each node of the forward and of the backward if `solution` is done, and by what holds them."""
+    forward = _forward(joint, solution)
+    backward = _backward(joint, solution)
+    totals = [sum(part.values()) for part in (forward, backward)]
+    tops = [float(total.max(initial=0.0)) for total in totals]
+    parts, total = (forward, totals[0]) if tops[0] >= tops[1] else (backward, totals[1])
+    at = int(total.argmax()) if len(total) else 0
+    sizes = {name: int(part[at]) for name, part in parts.items() if len(part) and part[at] >= 1}
+    return Replay(*(list(map(int, one)) for one in totals), sizes)
+
+
+def _held(count: int, begin: Array, end: Array, size: Array) -> Array:
+    """Bytes at each of `count` positions of values that live from `begin` to `end`, both included."""
+    change = np.zeros(count + 1)
+    alive = (begin <= end) & (begin < count)
+    np.add.at(change, begin[alive], size[alive])
+    np.subtract.at(change, np.minimum(end[alive], count - 1) + 1, size[alive])
+    return np.cumsum(change)[:-1]
+
+
+def _forward(joint: Joint, solution: Solution) -> dict[str, Array]:
+    """What is kept from where it is made; of all else what is still read; on the link to the end of the next block."""
+    count = len(joint.forward)
+    here = np.arange(count)
+    kept = _held(count, here, np.full(count, count), joint.size * solution.kept)
+    gone = np.searchsorted(joint.block, joint.block + 1, side="right") - 1
+    sent = _held(count, here, np.maximum(gone, joint.last_forward), joint.size * solution.offloaded)
+    written = joint.written * (solution.kept | solution.offloaded)
+    working = forward_transient(joint) - joint.held_so_far - _held(count, here, joint.last_forward, written)
+    return {KEPT: kept, OUTPUTS: joint.held_so_far, WORKING: working + sent}
+
+
+def _backward(joint: Joint, solution: Solution) -> dict[str, Array]:
+    """What is kept to its last reader; what is made again around its readers; what is fetched from a block before."""
+    count, lives = len(joint.backward), Lives(joint)
+    if not count:
+        return {}
+    begins = np.searchsorted(-joint.backward_block, -np.arange(joint.blocks), side="left")[joint.block]
+    before = np.searchsorted(-joint.backward_block, -np.arange(1, joint.blocks + 1), side="left")[joint.block]
+    last = np.maximum(lives.end, begins - 1)
+    kept = _held(count, np.zeros(len(last), dtype=int), last, joint.size * solution.kept)
+    fetched = _held(count, before, last, joint.size * solution.offloaded)
+    again = closure(joint, solution.kept | solution.offloaded)
+    made = _held(count, lives.start, lives.end, joint.remade * again)
+    return {
+        KEPT: kept,
+        OUTPUTS: np.full(count, float(joint.held)),
+        GRADIENTS: joint.gradients,
+        WORKING: joint.transient + made + fetched,
+    }
