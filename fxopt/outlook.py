@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import fx
 
@@ -20,15 +21,30 @@ from fxopt.memory.modelled import modelled_step
 from fxopt.memory.plan import Plan
 from fxopt.memory.rates import Device
 from fxopt.memory.replay import Replay
-from fxopt.memory.solve import Solution
+from fxopt.memory.request import Request
+from fxopt.memory.solve import Solution, solve
 from fxopt.options import Options
-from fxopt.passes.memory_plan import Cut
+from fxopt.passes.memory_plan import Cut, planned
 from fxopt.report import Report
 
-__all__ = ["Modelled", "Planner", "outlook"]
+__all__ = ["Cut", "Modelled", "Planner", "outlook"]
 
-Planner = Callable[[Cut], Plan]
-"""Plans one joint graph."""
+@dataclasses.dataclass
+class Planner:
+    """Plans each joint graph that it is called with. minimum: bytes of the smallest budget that would do for all."""
+
+    request: Request
+    budget: int
+    minimum: int = 0
+
+    def __call__(self, cut: Cut) -> Plan:
+        """Raises BudgetError."""
+        plan, _ = planned(cut, self.request, self.budget)
+        link, _ = self.request.link_on(cut.known, False)
+        lowest = solve(cut.joint, None, link=link)
+        rest = sum(plan.resident.values()) + int(cut.known.margin * self.budget)
+        self.minimum = max(self.minimum, rest + cut.replayed(lowest).peak)
+        return plan
 
 
 class Modelled(Cut):
@@ -36,7 +52,7 @@ class Modelled(Cut):
 
     def replayed(self, solution: Solution | None) -> Replay:
         """The memory of `solution`, None for torch's own choice, as the model has it."""
-        own = Solution(self.stock, torch.zeros(len(self.stock), dtype=torch.bool).numpy(), optimal=True)
+        own = Solution(self.stock, np.zeros_like(self.stock), optimal=True)
         return modelled_step(self.joint, own if solution is None else solution)
 
 
@@ -46,7 +62,7 @@ def outlook(
     kwargs: Mapping[str, Any],
     options: Options,
     device: Device,
-    planner: Planner,
+    planner: Callable[[Cut], Plan],
     kind: type[Cut] = Modelled,
 ) -> Report:
     """The report of `model` called with `args` and `kwargs`, with the plan of each graph that is trained.
@@ -83,7 +99,7 @@ class _Seeing:
     """One graph on its way: plan and error are what its planner returned or raised."""
 
     device: Device
-    planner: Planner
+    planner: Callable[[Cut], Plan]
     kind: type[Cut]
     plan: Plan | None = None
     error: Exception | None = None

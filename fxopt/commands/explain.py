@@ -13,7 +13,7 @@ from fxopt.commands.diff import read
 from fxopt.errors import OptionError
 from fxopt.report import Report
 
-__all__ = ["add_to"]
+__all__ = ["add_to", "failure"]
 
 HELP = "say what fxopt would do to a model, and why not more"
 DESCRIPTION = """\
@@ -62,7 +62,7 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _failure(error: Exception) -> str:
+def failure(error: Exception) -> str:
     """What was raised; Dynamo's message has the line of the model in its midst, and advice about itself at its end."""
     lines = [line for line in str(error).splitlines() if line.strip()]
     stop = next((at for at, line in enumerate(lines) if line.startswith("Set TORCHDYNAMO_VERBOSE")), len(lines))
@@ -87,7 +87,7 @@ def explained(subject: models.Subject, chosen: dict[str, Any], with_traceback: b
     except Exception as error:
         if with_traceback:
             traceback.print_exc()
-        print(f"fxopt: the model failed while it was traced, {_failure(error)}", file=sys.stderr)
+        print(f"fxopt: the model failed while it was traced, {failure(error)}", file=sys.stderr)
         if subject.fake:
             print("its tensors have no values, which may be why: --real, or a file without --fake", file=sys.stderr)
         return None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -106,7 +105,7 @@ def _refused(graph: str, one: Refusal) -> SiteRow:
 
 def _where(one: Rewrite | Refusal) -> tuple[str, str, str]:
     """Module path with its layer left open, source and code."""
-    return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", one.place.module), one.place.source, one.place.code
+    return one.place.any_layer, one.place.source, one.place.code
 
 
 def _way_out(one: Refusal) -> str:

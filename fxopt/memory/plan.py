@@ -9,7 +9,7 @@ from typing import Any
 from fxopt.memory.units import show_bytes
 from fxopt.rule import Place
 
-__all__ = ["KEPT", "OFFLOADED", "RECOMPUTED", "Plan", "Row", "Timeline", "Trace"]
+__all__ = ["KEPT", "OFFLOADED", "RECOMPUTED", "Plan", "Row", "Timeline", "Trace", "spans"]
 
 KEPT, RECOMPUTED, OFFLOADED = "kept", "recomputed", "offloaded"
 
@@ -43,7 +43,7 @@ class Timeline:
     def of(cls, forward: Sequence[int], backward: Sequence[int], resident: int, names: Sequence[str] = ()) -> Timeline:
         """From every event; of those that are left out, the highest stays. names: of each event."""
         parts = [list(zip(part, given, strict=False)) for part, given in _named(forward, backward, names)]
-        one, other = ([_highest(part[at]) for at in _spans(len(part))] for part in parts)
+        one, other = ([_highest(part[at]) for at in spans(len(part))] for part in parts)
         sizes = (tuple(resident + size for size, _ in part) for part in (one, other))
         return cls(*sizes, tuple(name for _, name in [*one, *other]))
 
@@ -56,9 +56,9 @@ def _named(forward: Sequence[int], backward: Sequence[int], names: Sequence[str]
     return [(forward, names[: len(forward)]), (backward, names[len(forward) :])]
 
 
-def _spans(count: int) -> list[slice]:
-    """At most `POINTS` slices that cover `count`."""
-    step = -(-count // POINTS) or 1
+def spans(count: int, most: int = POINTS) -> list[slice]:
+    """At most `most` slices that cover `count`."""
+    step = -(-count // most) or 1
     return [slice(at, at + step) for at in range(0, count, step)]
 
 
