@@ -62,7 +62,7 @@ def outlook(
     kwargs: Mapping[str, Any],
     options: Options,
     device: Device,
-    planner: Callable[[Cut], Plan],
+    planner: Callable[[Cut], Plan | None],
     kind: type[Cut] = Modelled,
 ) -> Report:
     """The report of `model` called with `args` and `kwargs`, with the plan of each graph that is trained.
@@ -99,10 +99,11 @@ class _Seeing:
     """One graph on its way: plan and error are what its planner returned or raised."""
 
     device: Device
-    planner: Callable[[Cut], Plan]
+    planner: Callable[[Cut], Plan | None]
     kind: type[Cut]
     plan: Plan | None = None
     error: Exception | None = None
+    seen: bool = False
 
     def compile(self, graph: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         """`graph` as it is, once the planner has seen its joint graph; without a backward there is none."""
@@ -113,7 +114,7 @@ class _Seeing:
         try:
             compat.compile_graph(graph, inputs, looking)
         except Exception:
-            if self.plan is None and self.error is None:
+            if not self.seen:
                 raise
         return graph.forward
 
@@ -121,6 +122,7 @@ class _Seeing:
         """Plan the joint graph `gm`. Raises, whatever happens: torch would go on to compile it."""
         try:
             on = next(one.device for one in compat.pytree.tree_leaves(inputs) if isinstance(one, torch.Tensor))
+            self.seen = True
             self.plan = self.planner(self.kind(gm, inputs, how, on, self.device))
         except Exception as error:
             self.error = error

@@ -18,7 +18,7 @@ from fxopt import compat
 from fxopt.fake import value_of
 from fxopt.memory.rates import Device
 
-__all__ = ["bytes_of", "flops_of", "hint", "seconds_of"]
+__all__ = ["bytes_of", "described", "flops_of", "hint", "seconds_of"]
 
 UNKNOWN = 4096
 """What a size without a hint (data-dependent) is taken for."""
@@ -42,7 +42,7 @@ def flops_of(node: fx.Node) -> int:
     formula = flop_registry.get(getattr(node.target, "_overloadpacket", None))
     if formula is None:
         return _flash_on_cpu(node)
-    return _flops(formula, _described(node.args), _described(tuple(node.kwargs.items())), _described(value_of(node)))
+    return _flops(formula, described(node.args), described(tuple(node.kwargs.items())), described(value_of(node)))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -72,14 +72,14 @@ class _Like:
     dtype: torch.dtype
 
 
-def _described(value: Any) -> Any:
+def described(value: Any) -> Any:
     """Nodes and their values as something that can be hashed: tensors by shape and dtype, sizes as numbers."""
     if isinstance(value, fx.Node):
-        return _described(value_of(value))
+        return described(value_of(value))
     if isinstance(value, torch.Tensor):
         return _Like(tuple(map(hint, value.shape)), value.dtype)
     if isinstance(value, tuple | list):
-        return tuple(map(_described, value))
+        return tuple(map(described, value))
     return compat.size_hint(value)
 
 

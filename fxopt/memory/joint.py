@@ -19,7 +19,7 @@ from fxopt import compat
 from fxopt.effects import storage_of
 from fxopt.fake import value_of
 from fxopt.memory.blocks import Blocks
-from fxopt.memory.cost import bytes_of, flops_of, seconds_of
+from fxopt.memory.cost import bytes_of, described, flops_of, seconds_of
 from fxopt.memory.rates import Device
 from fxopt.ops.registry import memory_of
 
@@ -87,9 +87,10 @@ class Joint:
     def mask(self, nodes: Sequence[fx.Node]) -> Array:
         """Which of `forward` are among `nodes`, or lie in memory that one of them is a view of."""
         chosen = {node.name for node in nodes}
+        memory = {storage_of(value_of(node)) for node in nodes} - {None}  # torch saves views that the backward makes, too
         mask = np.zeros(len(self.forward), dtype=bool)
         for index, node in enumerate(self.forward):
-            if node.name in chosen:
+            if node.name in chosen or (self.owner[index] == index and storage_of(value_of(node)) in memory):
                 mask[index] = mask[self.owner[index]] = True
         return mask
 
@@ -122,6 +123,7 @@ class _Reader:
         self.fuses = compat.fusible()
         self.device = device
         self._fused: dict[fx.Node, bool] = {}
+        self._running: dict[Any, int] = {}
 
     def owner(self, node: fx.Node) -> fx.Node:
         """The first node with the memory of `node`."""
@@ -143,6 +145,15 @@ class _Reader:
                     fits = self.fuses.is_fusible(reader)
             self._fused[node] = fits
         return self._fused[node]
+
+    def running(self, node: fx.Node) -> int:
+        """Bytes that `node` holds while it runs; asked once of calls that are alike, since layers repeat."""
+        if getattr(node.target, "namespace", "") != "fxopt":
+            return 0
+        key = (node.target, described(node.args), described(tuple(node.kwargs.items())))
+        if key not in self._running:
+            self._running[key] = _running(node)
+        return self._running[key]
 
     def joint(self) -> Joint:
         forward, at = self.forward, self.at
@@ -193,7 +204,7 @@ class _Reader:
             ),
             forced=forced,
             banned=banned,
-            running=np.array([_running(node) for node in forward], dtype=float),
+            running=np.array([self.running(node) for node in forward], dtype=float),
             transient=transient,
             gradients=gradients,
             heavy=self._heavy(backward_flops, whole.max(initial=1.0)),
@@ -245,7 +256,7 @@ class _Reader:
             change[0] += bytes_of(value_of(node))
             change[last.get(node, 0) + 1] -= bytes_of(value_of(node))
         for node, position in self.position.items():
-            change[position] += (running := _running(node))
+            change[position] += (running := self.running(node))
             change[position + 1] -= running
             if self.owner(node) is not node or not _is_tensor(node):
                 continue

@@ -13,6 +13,10 @@ from fxopt.memory.solve import Lives, Solution, closure, forward_transient
 
 __all__ = ["modelled_step"]
 
+EARLY = "made again early"
+EARLY_SHARE = 1.0
+"""Of what the next block makes again: Inductor fuses loops of the two, and so begins with it before its time."""
+
 
 def modelled_step(joint: Joint, solution: Solution) -> Replay:
     """Bytes at each node of the forward and of the backward if `solution` is done, and by what holds them."""
@@ -58,10 +62,14 @@ def _backward(joint: Joint, solution: Solution) -> dict[str, Array]:
     kept = _held(count, np.zeros(len(last), dtype=int), last, joint.size * solution.kept)
     fetched = _held(count, before, last, joint.size * solution.offloaded)
     again = closure(joint, solution.kept | solution.offloaded)
-    made = _held(count, lives.start, lives.end, joint.remade * again)
+    remade = joint.remade * again
+    made = _held(count, lives.start, lives.end, remade)
+    by_block = np.bincount(joint.block, remade, minlength=joint.blocks)
+    early = np.concatenate([[0.0], by_block])[joint.backward_block]
     return {
         KEPT: kept,
         OUTPUTS: np.full(count, float(joint.held)),
         GRADIENTS: joint.gradients,
         WORKING: joint.transient + made + fetched,
+        EARLY: EARLY_SHARE * early,
     }
