@@ -13,7 +13,9 @@ from fxopt.commands import UsageError, bisect, diff, doctor, explain, kernels, p
 
 __all__ = ["COMMANDS", "main"]
 
-COMMANDS: tuple[Callable[[Any], None], ...] = tuple(one.add_to for one in (explain, plan, diff, bisect, doctor, kernels))
+COMMANDS: tuple[Callable[[Any], None], ...] = tuple(
+    one.add_to for one in (explain, plan, diff, bisect, doctor, kernels)
+)
 """Each adds its parser to argparse's subparsers and sets its default `run`: from arguments to an exit code."""
 
 

@@ -29,6 +29,7 @@ from fxopt.report import Report
 
 __all__ = ["Cut", "Modelled", "Planner", "outlook"]
 
+
 @dataclasses.dataclass
 class Planner:
     """Plans each joint graph that it is called with. minimum: bytes of the smallest budget that would do for all."""

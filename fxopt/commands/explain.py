@@ -13,7 +13,7 @@ from fxopt.commands.diff import read
 from fxopt.errors import OptionError
 from fxopt.report import Report
 
-__all__ = ["add_to", "failure"]
+__all__ = ["add_to", "failure", "said"]
 
 HELP = "say what fxopt would do to a model, and why not more"
 DESCRIPTION = """\
@@ -63,10 +63,15 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def failure(error: Exception) -> str:
-    """What was raised; Dynamo's message has the line of the model in its midst, and advice about itself at its end."""
+    """What was raised, with its kind."""
+    return f"{type(error).__name__}: {said(error)}"
+
+
+def said(error: Exception) -> str:
+    """The message; Dynamo's has the line of the model in its midst, and advice about itself at its end."""
     lines = [line for line in str(error).splitlines() if line.strip()]
     stop = next((at for at, line in enumerate(lines) if line.startswith("Set TORCHDYNAMO_VERBOSE")), len(lines))
-    return f"{type(error).__name__}: " + "\n  ".join(lines[: min(stop, 12)])
+    return "\n  ".join(lines[: min(stop, 12)])
 
 
 def _report(arguments: argparse.Namespace) -> Report | None:

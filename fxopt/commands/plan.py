@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.text import Text
 
 from fxopt.commands import UsageError, console, models, options
-from fxopt.commands.explain import failure
+from fxopt.commands.explain import failure, said
 from fxopt.errors import BudgetError, OptionError
 from fxopt.memory import fit, picture, summary
 from fxopt.memory.plan import Plan, Trace
@@ -40,7 +40,7 @@ examples:
   fxopt plan train.py:make --fake --budget 80% --device h100 --optimizer adamw8bit --accumulation
   fxopt plan --config llama --hidden 2048 --layers 16 --seq 4096 --device rtx4090 --fit batch
 """
-MODEL_ERROR = "in small models from -10% to +25% of what the replayed code takes besides what is resident"
+MODEL_ERROR = "in small models from -20% to +25% of what the replayed code takes besides what is resident"
 SEQ_STEP = 64
 """Tokens between the lengths that ``--fit seq`` tries."""
 
@@ -129,9 +129,9 @@ class _Step:
         try:
             report = outlook(subject.model, args, kwargs, self.options, self.device, found, kind)
         except BudgetError as error:
-            return _Outcome([], error.minimum, str(error))
+            return _Outcome([], error.minimum, said(error))
         except OptionError as error:
-            raise UsageError(str(error)) from error
+            raise UsageError(said(error)) from error
         except Exception as error:
             return _Outcome([], 0, f"the model failed while it was traced, {failure(error)}")
         return _Outcome(report.plans, found.minimum, None if report.plans else _nothing(report))

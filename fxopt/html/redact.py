@@ -107,12 +107,17 @@ def _plan(plan: Plan, names: _Names) -> Plan:
     """Bytes and decisions; reasons are sentences of fxopt's own."""
     rows = [
         dataclasses.replace(
-            row, name=names.of(row.name), reason=names.text(row.reason), place=Place("", "", names.module(row.place.module))
+            row,
+            name=names.of(row.name),
+            reason=names.text(row.reason),
+            place=Place("", "", names.module(row.place.module)),
         )
         for row in plan.rows
     ]
     timeline = dataclasses.replace(plan.timeline, names=tuple(map(names.of, plan.timeline.names)))
-    return dataclasses.replace(plan, rows=rows, timeline=timeline, trace=Trace(), notes=list(map(names.text, plan.notes)))
+    return dataclasses.replace(
+        plan, rows=rows, timeline=timeline, trace=Trace(), notes=list(map(names.text, plan.notes))
+    )
 
 
 def _outline(outline: Outline, names: _Names) -> Outline:

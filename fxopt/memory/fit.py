@@ -7,13 +7,16 @@ from collections.abc import Callable, Iterator
 
 __all__ = ["MOST_TRIALS", "Fit", "largest"]
 
-MOST_TRIALS = 16
-"""The smallest budget is nearly a line in the size, so four or five trials do."""
+MOST_TRIALS = 32
+STRAIGHT = 4
+"""The smallest budget is nearly a line in the size, so four trials do; after them every other one is a bisection."""
+GROWTH = 8
+"""Times what fits is the most that is tried next: scores of attention grow with the square of a sequence."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Fit:
-    """size: the largest that fits, 0: not even one does. trials: (size, smallest budget in bytes), as they were made."""
+    """size: the largest that fits, 0 where not even one does. trials: (size, smallest budget in bytes), in order."""
 
     size: int
     trials: tuple[tuple[int, int], ...]
@@ -34,24 +37,26 @@ def _guesses(known: dict[int, int], budget: int, start: int) -> Iterator[int]:
     while len(known) < MOST_TRIALS:
         fits = max((size for size, least in known.items() if least <= budget), default=0)
         fails = min((size for size, least in known.items() if least > budget), default=None)
-        if fails is not None and fails - fits <= 1:
+        if fails is None:
+            guess = _on_the_line(known, sorted(known)[-2:], budget)
+            yield max(min(guess if guess is not None else 2 * fits, GROWTH * fits), fits + 1)
+        elif fails - fits <= 1:
             return
-        yield _between(_on_the_line(known, budget), fits, fails)
+        else:
+            bent = len(known) > STRAIGHT and len(known) % 2
+            guess = None if bent else _on_the_line(known, _nearest(known, fits, fails), budget)
+            yield min(max(guess if guess is not None else (fits + fails) // 2, fits + 1), fails - 1)
 
 
-def _between(guess: int | None, fits: int, fails: int | None) -> int:
-    """`guess`, moved to where it can tell something; without one, twice or half of what is known."""
-    if fails is None:
-        return max(guess if guess is not None else 2 * fits, fits + 1)
-    guess = (fits + fails) // 2 if guess is None else guess
-    return min(max(guess, fits + 1), fails - 1)
+def _nearest(known: dict[int, int], fits: int, fails: int) -> list[int]:
+    """The two sizes around the budget; where none fits, the two smallest."""
+    return [fits, fails] if fits else sorted(known)[:2]
 
 
-def _on_the_line(known: dict[int, int], budget: int) -> int | None:
-    """Where the line through the two sizes nearest to the budget meets it; None where there is no such line."""
-    nearest = sorted(known.items(), key=lambda item: abs(item[1] - budget))[:2]
-    if len(nearest) < 2:
+def _on_the_line(known: dict[int, int], sizes: list[int], budget: int) -> int | None:
+    """Where the line through two sizes meets the budget; None where there is no such line."""
+    if len(sizes) < 2:
         return None
-    (one, least), (other, most) = nearest
-    slope = (most - least) / (other - one)
-    return int(one + (budget - least) / slope) if slope > 0 else None
+    one, other = sizes
+    slope = (known[other] - known[one]) / (other - one)
+    return int(one + (budget - known[one]) / slope) if slope > 0 else None

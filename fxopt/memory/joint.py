@@ -87,7 +87,9 @@ class Joint:
     def mask(self, nodes: Sequence[fx.Node]) -> Array:
         """Which of `forward` are among `nodes`, or lie in memory that one of them is a view of."""
         chosen = {node.name for node in nodes}
-        memory = {storage_of(value_of(node)) for node in nodes} - {None}  # torch saves views that the backward makes, too
+        memory = {storage_of(value_of(node)) for node in nodes} - {
+            None
+        }  # torch saves views that the backward makes, too
         mask = np.zeros(len(self.forward), dtype=bool)
         for index, node in enumerate(self.forward):
             if node.name in chosen or (self.owner[index] == index and storage_of(value_of(node)) in memory):

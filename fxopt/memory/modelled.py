@@ -20,14 +20,12 @@ EARLY_SHARE = 1.0
 
 def modelled_step(joint: Joint, solution: Solution) -> Replay:
     """Bytes at each node of the forward and of the backward if `solution` is done, and by what holds them."""
-    forward = _forward(joint, solution)
-    backward = _backward(joint, solution)
-    totals = [sum(part.values()) for part in (forward, backward)]
-    tops = [float(total.max(initial=0.0)) for total in totals]
-    parts, total = (forward, totals[0]) if tops[0] >= tops[1] else (backward, totals[1])
-    at = int(total.argmax()) if len(total) else 0
-    sizes = {name: int(part[at]) for name, part in parts.items() if len(part) and part[at] >= 1}
-    return Replay(*(list(map(int, one)) for one in totals), sizes)
+    parts = _forward(joint, solution), _backward(joint, solution)
+    forward, backward = (np.sum([*one.values()], axis=0) for one in parts)
+    top, held = max(((forward, parts[0]), (backward, parts[1])), key=lambda item: item[0].max(initial=0.0))
+    at = int(top.argmax()) if len(top) else 0
+    sizes = {name: int(part[at]) for name, part in held.items() if len(part) and part[at] >= 1}
+    return Replay(list(map(int, forward)), list(map(int, backward)), sizes)
 
 
 def _held(count: int, begin: Array, end: Array, size: Array) -> Array:
@@ -54,8 +52,6 @@ def _forward(joint: Joint, solution: Solution) -> dict[str, Array]:
 def _backward(joint: Joint, solution: Solution) -> dict[str, Array]:
     """What is kept to its last reader; what is made again around its readers; what is fetched from a block before."""
     count, lives = len(joint.backward), Lives(joint)
-    if not count:
-        return {}
     begins = np.searchsorted(-joint.backward_block, -np.arange(joint.blocks), side="left")[joint.block]
     before = np.searchsorted(-joint.backward_block, -np.arange(1, joint.blocks + 1), side="left")[joint.block]
     last = np.maximum(lives.end, begins - 1)

@@ -31,7 +31,7 @@ def in_text(plan: Plan) -> Text:
             found.append(*_cell(size / scale - row, resident / scale - row, line))
         found.append(f" budget {show_bytes(plan.budget)}\n" if line else "\n")
     turn = len(plan.timeline.forward) * len(columns) // len(sizes)
-    found.append(f"{'forward':<{turn}}backward"[: max(len(columns), turn + 8)])
+    found.append(f"{'forward'[:turn]:<{turn}}backward")
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -42,18 +43,14 @@ class Timeline:
     @classmethod
     def of(cls, forward: Sequence[int], backward: Sequence[int], resident: int, names: Sequence[str] = ()) -> Timeline:
         """From every event; of those that are left out, the highest stays. names: of each event."""
-        parts = [list(zip(part, given, strict=False)) for part, given in _named(forward, backward, names)]
-        one, other = ([_highest(part[at]) for at in spans(len(part))] for part in parts)
-        sizes = (tuple(resident + size for size, _ in part) for part in (one, other))
-        return cls(*sizes, tuple(name for _, name in [*one, *other]))
+        points = list(zip([*forward, *backward], names or itertools.repeat(""), strict=False))
+        parts = points[: len(forward)], points[len(forward) :]
+        one, other = ([max(part[at], key=_bytes) for at in spans(len(part))] for part in parts)
+        sizes = [tuple(resident + size for size, _ in part) for part in (one, other)]
+        return cls(sizes[0], sizes[1], tuple(name for _, name in [*one, *other]))
 
 
 POINTS = 400
-
-
-def _named(forward: Sequence[int], backward: Sequence[int], names: Sequence[str]) -> list[tuple[Any, Any]]:
-    names = names or [""] * (len(forward) + len(backward))
-    return [(forward, names[: len(forward)]), (backward, names[len(forward) :])]
 
 
 def spans(count: int, most: int = POINTS) -> list[slice]:
@@ -62,16 +59,16 @@ def spans(count: int, most: int = POINTS) -> list[slice]:
     return [slice(at, at + step) for at in range(0, count, step)]
 
 
-def _highest(points: Sequence[tuple[int, str]]) -> tuple[int, str]:
-    return max(points, key=lambda point: point[0])
+def _bytes(point: tuple[int, str]) -> int:
+    return point[0]
 
 
 @dataclasses.dataclass(frozen=True)
 class Trace:
     """Every allocation and release of one step, in order; empty where none was replayed.
 
-    names: what each block of memory is in the graph, "" where it has no name there. kinds: what each is for ("outputs",
-    "working memory"). sizes: bytes of each. moves: n for taking the nth block, -n for letting it go. turn: the number of
+    names: what each block of memory is in the graph, "" where it has no name. kinds: what each is for ("outputs",
+    "working memory"). sizes: bytes of each. moves: n for taking the nth block, -n for letting it go. turn: number of
     moves in the forward.
     """
 
@@ -136,5 +133,5 @@ class Plan:
         """The plan that `dataclasses.asdict` gave."""
         rows = [Row(**row | {"place": Place(**row["place"])}) for row in data["rows"]]
         timeline = Timeline(**{name: tuple(part) for name, part in data["timeline"].items()})
-        trace = Trace(**{name: part if name == "turn" else tuple(part) for name, part in data["trace"].items()})
+        trace = Trace(**{name: tuple(part) if name != "turn" else part for name, part in data["trace"].items()})  # type: ignore[arg-type]
         return cls(**data | {"rows": rows, "timeline": timeline, "trace": trace})

@@ -114,9 +114,7 @@ class _Space:
         size = -(-size // ROUND) * ROUND
         ends = [BASE, *(end for _, end in self.taken)]
         begins = [*(begin for begin, _ in self.taken), None]
-        address = next(
-            end for end, begin in zip(ends, begins, strict=True) if begin is None or begin - end >= size
-        )
+        address = next(end for end, begin in zip(ends, begins, strict=True) if begin is None or begin - end >= size)
         bisect.insort(self.taken, (address, address + size))
         self.top = max(self.top, address + size)
         return address

@@ -25,7 +25,18 @@ from scipy.sparse import coo_matrix
 from fxopt.memory.joint import NEVER, Array, Joint
 from fxopt.memory.offload import movable
 
-__all__ = ["NO_BIAS", "Lives", "Peaks", "Solution", "closure", "forward_transient", "modelled", "offloadable", "recompute_seconds", "solve"]
+__all__ = [
+    "NO_BIAS",
+    "Lives",
+    "Peaks",
+    "Solution",
+    "closure",
+    "forward_transient",
+    "modelled",
+    "offloadable",
+    "recompute_seconds",
+    "solve",
+]
 
 MIB = 2**20
 POSITIONS = 20

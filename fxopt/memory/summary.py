@@ -61,5 +61,3 @@ def _table(title: str, *columns: tuple[str, str]) -> Table:
     for name, side in columns:
         table.add_column(name, justify=side)  # type: ignore[arg-type]
     return table
-
-
