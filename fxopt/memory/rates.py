@@ -10,7 +10,7 @@ import torch
 
 from fxopt.errors import OptionError, nearest
 
-__all__ = ["DEVICES", "Device", "device_named", "device_of"]
+__all__ = ["BY_ARCHITECTURE", "DEVICES", "Device", "device_named", "device_of"]
 
 
 @dataclass(frozen=True)
@@ -66,9 +66,19 @@ DEVICES = {
         _card("a100", 80, 19.5, 312, 2039, 25),
         _card("h100", 80, 67, 989, 3350, 50),
         _card("h200", 141, 67, 989, 4800, 50),
+        _card("b200", 180, 75, 2250, 7700, 50),
+        _card("mi300x", 192, 163, 1307, 5300, 50),
     )
 }
-"""From NVIDIA's data sheets and architecture white papers; GeForce halves 16-bit products with fp32 accumulation."""
+"""From the makers' data sheets and white papers; GeForce halves 16-bit products with fp32 accumulation."""
+
+BY_ARCHITECTURE = {
+    arch: DEVICES[name]
+    for arch, name in (
+        (80, "a100"), (86, "rtx3090"), (89, "rtx4090"), (90, "h100"), (100, "b200"), (120, "rtx5090"), (942, "mi300x")
+    )
+}  # fmt: skip
+"""The best known card of each, as `fxopt.kernels.cards` numbers them."""
 
 
 def device_named(name: str) -> Device:
