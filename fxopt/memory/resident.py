@@ -65,7 +65,8 @@ def found_optimizer(shapes: Sequence[tuple[int, ...]]) -> float | None:
 
 
 def _optimizers() -> list[torch.optim.Optimizer]:
-    return [one for one in gc.get_objects() if isinstance(one, torch.optim.Optimizer)]
+    # By its type: isinstance asks weak references to objects that are gone, which raises.
+    return [one for one in gc.get_objects() if issubclass(type(one), torch.optim.Optimizer)]
 
 
 def _state_bytes(optimizer: torch.optim.Optimizer, parameter: torch.Tensor) -> float:
