@@ -62,8 +62,8 @@ def fxopt(
         compiled, plans[0] = compile_planned(graph, inputs, patches, key, parsed, name)
         return compiled
 
-    found, compiled = run(gm, example_inputs, parsed, compiler, name, chooser_for(parsed, patches), limited=limited)
-    found.plan = plans[0]
+    chooser = chooser_for(parsed, patches)
+    found, compiled = run(gm, example_inputs, parsed, compiler, name, chooser, limited=limited, plan=lambda: plans[0])
     record(Report([found]))
     return compiled
 
@@ -124,10 +124,12 @@ def run(
     *,
     outlined: bool = False,
     limited: Limit | None = None,
+    plan: Callable[[], Plan | None] = lambda: None,
 ) -> tuple[GraphReport, Callable[..., Any]]:
     """Take one Dynamo graph through the stages. Returns what was decided and the callable for Dynamo.
 
-    chooser: what each site is measured by; None: nothing is. outlined, limited: see `Stages`.
+    chooser: what each site is measured by; None: nothing is. outlined, limited: see `Stages`. plan: what came of the
+    memory plan, asked for once the compiler is done.
     """
     stages, nothing = Stages(gm, options, name, outlined, limited), list[str]()
     if not stages.allows("capture", stages.write_repro):
@@ -141,13 +143,16 @@ def run(
         graph, deferrable = stages.run(
             "rewrite", lambda: rewrite(graph, inputs, stages, chooser), otherwise=(graph, nothing)
         )
-        graph, plan = stages.run("outputs", lambda: defer(graph, deferrable, stages), otherwise=(graph, OutputPlan()))
+        graph, outputs = stages.run(
+            "outputs", lambda: defer(graph, deferrable, stages), otherwise=(graph, OutputPlan())
+        )
         if mixed is not None:
             stages.report.casts = precision.casts_in(graph)
             stages.report.notes.append(mixed.note(stages.report.casts))
         stages.dump_kernels(graph)
         compat.inherit_from_dynamo(graph, gm)
-        compiled = stages.run("compile", lambda: plan.wrap(compiler(graph, inputs)), otherwise=None)
+        compiled = stages.run("compile", lambda: outputs.wrap(compiler(graph, inputs)), otherwise=None)
+        stages.planned(plan())
     return stages.finish(), compiled or compiler(gm, inputs)
 
 

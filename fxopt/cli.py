@@ -9,11 +9,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import fxopt
-from fxopt.commands import UsageError, bisect, diff, doctor, explain, kernels
+from fxopt.commands import UsageError, bisect, diff, doctor, explain, kernels, plan
 
 __all__ = ["COMMANDS", "main"]
 
-COMMANDS: tuple[Callable[[Any], None], ...] = tuple(one.add_to for one in (explain, diff, bisect, doctor, kernels))
+COMMANDS: tuple[Callable[[Any], None], ...] = tuple(
+    one.add_to for one in (explain, plan, diff, bisect, doctor, kernels)
+)
 """Each adds its parser to argparse's subparsers and sets its default `run`: from arguments to an exit code."""
 
 

@@ -9,7 +9,6 @@ from typing import Literal
 
 from fxopt.errors import ReportError
 from fxopt.report import Report
-from fxopt.report_format import plan_of
 from fxopt.rule import Refusal, Rewrite
 
 __all__ = ["Difference", "compare"]
@@ -156,7 +155,7 @@ def _cast(count: int, size: int) -> str:
 
 def _saved(before: Report, after: Report) -> Iterator[Difference]:
     """Tensors whose decision changed: what is saved for the backward, recomputed or offloaded."""
-    if any(plan_of(graph) is None for report in (before, after) for graph in report.graphs):
+    if any(graph.plan is None for report in (before, after) for graph in report.graphs):
         return
     one, other = (_decisions(report) for report in (before, after))
     for name in dict.fromkeys([*one, *other]):
@@ -167,22 +166,23 @@ def _saved(before: Report, after: Report) -> Iterator[Difference]:
 
 def _decisions(report: Report) -> dict[str, str]:
     return {
-        f"{row['name']} of {graph.name}": f"{row['decision']}, {mib(row['bytes'])}"
+        f"{row.name} of {graph.name}": f"{row.decision}, {mib(row.bytes)}"
         for graph in report.graphs
-        for row in (plan_of(graph) or {}).get("tensors", [])
+        if graph.plan is not None
+        for row in graph.plan.rows
     }
 
 
 def _peaks(before: Report, after: Report, tolerance: float) -> Iterator[Difference]:
-    for which in ("predicted_peak", "measured_peak"):
+    for which in ("predicted", "measured"):
         one, other = (_highest(report, which) for report in (before, after))
         if one is not None and other is not None and one != other:
             verdict = _grown(one, other, tolerance)
-            yield Difference("peak", which.replace("_", " "), mib(one), mib(other), verdict)
+            yield Difference("peak", f"{which} peak", mib(one), mib(other), verdict)
 
 
 def _highest(report: Report, which: str) -> int | None:
-    found = [(plan_of(graph) or {}).get(which) for graph in report.graphs]
+    found = [getattr(plan, which) for plan in report.plans]
     return max((one for one in found if one is not None), default=None)
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from typing import Any
 
 from fxopt.errors import ReportError
 from fxopt.version import VERSION
 
-__all__ = ["FORMAT", "plan_of", "readable"]
+__all__ = ["FORMAT", "readable"]
 
 FORMAT = 1
 """Raised whenever a field of the report goes away or changes its meaning; 0 is what had no number."""
@@ -32,9 +31,3 @@ def readable(text: str) -> dict[str, Any]:
             "write it again with this version, or read it with the one that wrote it"
         )
     return data
-
-
-def plan_of(graph: Any) -> dict[str, Any] | None:
-    """The memory plan of a `GraphReport` as JSON has it; None where nothing was planned."""
-    plan: Any = getattr(graph, "plan", None)
-    return dataclasses.asdict(plan) if dataclasses.is_dataclass(plan) and not isinstance(plan, type) else plan

@@ -110,6 +110,11 @@ class Place:
         """File and line, without the directory."""
         return self.source.rsplit("/", 1)[-1]
 
+    @property
+    def any_layer(self) -> str:
+        """The module path with its layers left open: "model.layers.*.mlp"."""
+        return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", self.module)
+
     def __str__(self) -> str:
         return (
             " ".join(part for part in (self.name, f"({self.module})" if self.module else "") if part)

@@ -15,6 +15,8 @@ from fxopt import compat, dump, dump_kernels, repro, tracing
 from fxopt.errors import brief
 from fxopt.fallback import warn_once
 from fxopt.limits import Limit
+from fxopt.memory import snapshot
+from fxopt.memory.plan import Plan
 from fxopt.options import Options
 from fxopt.outline import Recorder, kinds_of_inputs
 from fxopt.precision.policy import Policy
@@ -113,6 +115,14 @@ class Stages:
             self.report.files += dict.fromkeys(item.path for item in self.report.kernels)
 
         self.guarded("dump of kernels", write, None)
+
+    def planned(self, plan: Plan | None) -> None:
+        """Report the memory plan, and write it for PyTorch's memory_viz, if the user asked for a dump."""
+        self.report.plan = plan
+        if plan is None or self.options.dump is None:
+            return
+        path = self.options.dump / f"{self.report.name.replace(' ', '_')}_memory.pickle"
+        self.guarded("dump of the memory plan", lambda: self.report.files.append(snapshot.write(plan, path)), None)
 
     def write_repro(self, directory: Path) -> None:
         """Write a script that compiles this graph and compares it with PyTorch, if its rules have names."""

@@ -27,19 +27,17 @@ from fxopt.memory.joint import Joint, read
 from fxopt.memory.offload import Places, offload
 from fxopt.memory.plan import Plan
 from fxopt.memory.planner import Decision, Infeasible, decide
-from fxopt.memory.rates import device_of
+from fxopt.memory.rates import Device, device_of
 from fxopt.memory.replay import Replay, replay
 from fxopt.memory.request import Request
 from fxopt.memory.resident import found_optimizer, inputs_of, optimizer_bytes, resident_bytes
 from fxopt.memory.solve import Solution
-from fxopt.memory.steps import Piece, Step, earlier_pieces, note_piece
+from fxopt.memory.steps import ALONE, Piece, Step, earlier_pieces, note_piece
 from fxopt.memory.units import show_bytes
 from fxopt.version import VERSION
 
-__all__ = ["MemoryPlan", "Planning", "planning"]
+__all__ = ["Cut", "MemoryPlan", "Planning", "planned", "planning"]
 
-CUDA_GRANULARITY = 512
-"""What CUDA's caching allocator rounds to (c10/cuda/CUDACachingAllocator.cpp, kMinBlockSize)."""
 ASSUMED_OPTIMIZER = "adamw"
 
 
@@ -87,71 +85,69 @@ class Planning:
             raise
 
     def _partition(self, gm: fx.GraphModule, inputs: Any, how: dict[str, Any]) -> Any:
-        cut = _Cut(gm, inputs, how, self.device)
+        cut = Cut(gm, inputs, how, self.device, device_of(self.device))
         if self.remembered is not None and self.remembered.fits(cut.joint):
             return cut.by(self.remembered.saved)
-        self.plan, saved = self._planned(cut)
+        budget = self.request.budget.on(self.device, cut.known)
+        self.plan, saved = planned(cut, self.request, budget, self.step)
         _remember(self.key, _Remembered(self.made, self.plan, saved))
         return cut.by(saved)
 
-    def _planned(self, cut: _Cut) -> tuple[Plan, _Saved | None]:
-        """The plan, and the names of what it saves; None for torch's own choice."""
-        request, known, notes = self.request, device_of(self.device), list[str]()
-        budget = request.budget.on(self.device, known)
-        optimizer = request.optimizer if request.optimizer is not None else found_optimizer(cut.trained_shapes)
-        if optimizer is None:
-            optimizer = ASSUMED_OPTIMIZER
-            notes.append(f"no optimizer was found and none was named: {optimizer} is counted (option optimizer)")
-        state = optimizer_bytes(optimizer, cut.inputs)
-        resident = resident_bytes(cut.inputs, state, request.accumulation, known)
-        fixed = sum(resident.values()) + self.step.held + int(known.margin * budget)
-        notes += self._shared()
-        decision = self._decided(cut, fixed, resident, budget, notes)
-        saved = None if decision.solution is None else cut.names(decision.solution)
-        plan = describe.plan_of(cut.joint, decision, cut.stock, budget, resident, notes)
-        return plan, saved
 
-    def _shared(self) -> list[str]:
-        """What is to be said where the step has other graphs."""
-        found = []
-        if self.step.earlier:
-            others = ", ".join(piece.name for piece in self.step.earlier)
-            found.append(f"the budget is shared with {others} of this step, which hold {show_bytes(self.step.held)}")
-        if self.step.more:
-            found.append("others follow after a graph break: half of what is left is planned for this one")
-        return found
+def planned(cut: Cut, request: Request, budget: int, step: Step = ALONE) -> tuple[Plan, _Saved | None]:
+    """The plan of `cut` within `budget` bytes, and the names of what it saves; None for torch's own choice.
 
-    def _decided(self, cut: _Cut, fixed: int, resident: dict[str, int], budget: int, notes: list[str]) -> Decision:
-        """Raises BudgetError, unless ``infeasible="minimum"``. fixed: bytes that no plan changes."""
-        try:
-            link, reason = self.request.link_on(device_of(self.device), compat.records_cuda_graphs())
-            notes += [reason] if reason else []
-            return decide(cut.joint, cut.stock, (budget - fixed) * self.step.share, cut.replayed, link)
-        except Infeasible as none:
-            lowest = none.lowest
-            minimum = fixed + int(lowest.replay.peak / self.step.share)
-            if self.request.infeasible == "minimum":
-                notes.append(f"no plan fits {show_bytes(budget)}: this is the one with the lowest peak there is")
-                return lowest
-            raise BudgetError(describe.infeasible(budget, minimum, resident, lowest), minimum) from None
+    step: the other graphs of the same step. Raises BudgetError, unless ``infeasible="minimum"``.
+    """
+    known, notes = cut.known, list[str]()
+    optimizer = request.optimizer if request.optimizer is not None else found_optimizer(cut.trained_shapes)
+    if optimizer is None:
+        optimizer = ASSUMED_OPTIMIZER
+        notes.append(f"no optimizer was found and none was named: {optimizer} is counted (option optimizer)")
+    state = optimizer_bytes(optimizer, cut.inputs)
+    resident = resident_bytes(cut.inputs, state, request.accumulation, known)
+    fixed = sum(resident.values()) + step.held + int(known.margin * budget)
+    notes += step.told()
+    decision = _decided(cut, request, budget, fixed, step.share, resident, notes)
+    saved = None if decision.solution is None else cut.names(decision.solution)
+    return describe.plan_of(cut.joint, decision, cut.stock, budget, resident, notes), saved
+
+
+def _decided(
+    cut: Cut, request: Request, budget: int, fixed: int, share: float, resident: dict[str, int], notes: list[str]
+) -> Decision:
+    """fixed: bytes that no plan changes. share: of the rest, what this graph may take."""
+    try:
+        link, reason = request.link_on(cut.known, compat.records_cuda_graphs())
+        notes += [reason] if reason else []
+        return decide(cut.joint, cut.stock, (budget - fixed) * share, cut.replayed, link)
+    except Infeasible as none:
+        lowest = none.lowest
+        minimum = fixed + int(lowest.replay.peak / share)
+        if request.infeasible == "minimum":
+            notes.append(f"no plan fits {show_bytes(budget)}: this is the one with the lowest peak there is")
+            return lowest
+        raise BudgetError(describe.infeasible(budget, minimum, resident, lowest), minimum) from None
 
 
 def _stock(_: fx.Graph, __: Any, stock: Callable[[], Any]) -> Any:
     return stock()
 
 
-class _Cut:
-    """A joint graph, read, and what comes of cutting it one way or another."""
+class Cut:
+    """A joint graph, and what comes of cutting it one way or another.
 
-    def __init__(self, gm: fx.GraphModule, inputs: Any, how: dict[str, Any], device: torch.device):
-        self.gm, self.joint_inputs, self.how, self.device = gm, inputs, how, device
+    device: of its tensors. known: what is known of that; or of another, which the plan is for.
+    """
+
+    def __init__(self, gm: fx.GraphModule, inputs: Any, how: dict[str, Any], device: torch.device, known: Device):
+        self.gm, self.joint_inputs, self.how, self.device, self.known = gm, inputs, how, device, known
         self.outputs: int = how["num_fwd_outputs"]
         compat.partition(gm, inputs, self._read, **how)
 
     def _read(self, graph: fx.Graph, info: Any, stock: Callable[[], Any]) -> Any:
         chosen = stock()
-        known = device_of(self.device)
-        self.joint: Joint = read(graph, info.is_required_fw, self.outputs, known)
+        self.joint: Joint = read(graph, info.is_required_fw, self.outputs, self.known)
         self.stock = self.joint.mask(chosen)
         self.inputs, self.trained_shapes = inputs_of(graph, info.static_lifetime_input_nodes, self.outputs)
         return chosen
@@ -186,9 +182,8 @@ class _Cut:
         """The memory of the code that `solution` comes to."""
         forward, backward = self.by(None if solution is None else self.names(solution))
         static = list(self.how.get("static_lifetime_input_indices") or ())
-        granularity = CUDA_GRANULARITY if self.device.type == "cuda" else 1
         lowered = compat.lower(forward, False, static), compat.lower(backward, True)
-        return replay(*lowered, self.outputs, granularity, self.device.type)
+        return replay(*lowered, self.outputs, self.known.granularity, self.device.type)
 
 
 # --- remembering: on a hit in torch's caches nobody asks for a plan, and the report must not be lost ----------------
@@ -208,7 +203,7 @@ class _Saved:
 
 @dataclasses.dataclass(frozen=True)
 class _Remembered:
-    """made: a name for this plan, of which no two are alike. saved: see `_Cut.by`."""
+    """made: a name for this plan, of which no two are alike. saved: see `Cut.by`."""
 
     made: str
     plan: Plan

@@ -18,19 +18,29 @@ from inspected import report
 from fxopt.choice import Choice
 from fxopt.errors import ReportError
 from fxopt.html.page import render
+from fxopt.memory.plan import KEPT, RECOMPUTED, Plan, Row, Timeline
 from fxopt.report import Check, Report, SiteKernel
 from fxopt.rule import Place, Refusal
 
-PLAN = {
-    "budget": 300 * 2**20,
-    "predicted_peak": 290 * 2**20,
-    "measured_peak": 310 * 2**20,
-    "timeline": [{"label": f"node_{at}", "bytes": (200 + 90 * (at == 7)) * 2**20} for at in range(12)],
-    "tensors": [
-        {"name": "node_3", "bytes": 2**20, "decision": "recompute", "reason": "cheap", "place": {"source": "m.py:4"}},
-        {"name": "node_7", "bytes": 2**22, "decision": "keep", "reason": "a product", "place": None},
+SIZES = [(200 + 90 * (at == 7)) * 2**20 for at in range(12)]
+PLAN = Plan(
+    budget=300 * 2**20,
+    predicted=290 * 2**20,
+    measured=310 * 2**20,
+    default=400 * 2**20,
+    resident={"parameters": 100 * 2**20},
+    parts={"parameters": 100 * 2**20, "gradients": 190 * 2**20},
+    timeline=Timeline.of(SIZES[:6], SIZES[6:], 0, [f"node_{at}" for at in range(12)]),
+    rows=[
+        Row("node_7", 2**22, KEPT, "making it again takes 9 us", Place()),
+        Row("node_3", 2**20, RECOMPUTED, "cheap", Place("m.py:4", "x + 1", "gate.0")),
     ],
-}
+    recompute_seconds=0.1,
+    step_seconds=1.0,
+    solver_seconds=0.1,
+    trials=2,
+    notes=["no optimizer was found: node_3 was made up"],
+)
 
 
 def rich_report(folder: Path) -> Report:
@@ -40,7 +50,7 @@ def rich_report(folder: Path) -> Report:
     kernel = folder / "norm_forward_1.py"
     kernel.write_text('import triton\n\n\ndef norm_forward(X):\n    """Sum."""\n    return "</script>"\n')
     graph.kernels = [SiteKernel("rms_norm", "norm_forward", kernel)]
-    graph.plan = PLAN  # type: ignore[attr-defined]
+    graph.plan = PLAN
     reasons = ("mask <b>is</b> f32[2, 8] & requires grad",)
     graph.refusals += [
         Refusal("attention", f"softmax_{at}", Place("/x/model.py:7", "softmax(s)", f"model.layers.{at}"), reasons, 3)
@@ -175,14 +185,16 @@ def test_browser_shows_every_tab_without_an_error(browser: Any, tmp_path: Path) 
         tab(browser, name)
     tab(browser, "memory")
     assert find(browser, "#memory svg .curve")
-    assert "recompute" in find(browser, "#memory table")[0].text
+    parts, tensors = find(browser, "#memory table")
+    assert "gradients 190 MiB" in parts.text
+    assert "recomputed" in tensors.text
     chart = find(browser, "#memory svg")[0]
     browser.execute_script(
         "const box = arguments[0].getBoundingClientRect(), x = box.left + box.width * 3 / 11;"
         "arguments[0].dispatchEvent(new MouseEvent('mousemove', {clientX: x, clientY: box.top + 5}))",
         chart,
     )
-    assert find(browser, "#tip")[0].text == "node_3: 200 MiB · recompute: cheap · m.py:4"
+    assert find(browser, "#tip")[0].text == "node_3: 200 MiB · recomputed: cheap · m.py:4"
     assert browser.get_log("browser") == []
 
 

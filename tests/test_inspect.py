@@ -17,6 +17,7 @@ from fxopt.cli import main
 from fxopt.commands import doctor
 from fxopt.comparison import compare
 from fxopt.errors import ReportError
+from fxopt.memory.plan import KEPT, RECOMPUTED, Plan, Row, Timeline
 from fxopt.outline import HOLE
 from fxopt.precision.casts import Cast
 from fxopt.report import Check, Report, SiteKernel
@@ -195,6 +196,12 @@ def test_diff_finds_sites_and_fails_for_those_that_are_lost(written: Any, capsys
     assert found["before"].startswith("left alone: Inductor fuses this norm")
 
 
+def planned(decision: str, predicted: int) -> Plan:
+    """A plan that decides one tensor."""
+    rows = [Row("h", 2**20, decision, "", Place())]
+    return Plan(2**30, {}, rows, predicted, 0, {}, Timeline(), 0.0, 1.0, 0.0, 1)
+
+
 def test_every_section_is_compared() -> None:
     before, after = report(), report()
     (one,), (other,) = before.graphs, after.graphs
@@ -203,13 +210,7 @@ def test_every_section_is_compared() -> None:
     other.notes.append("rule norm failed (ValueError: no); it was left out for this graph")
     other.checks.append(Check("rule norm", "same outputs", "VerificationError: no"))
     one.deferred.append("logits")
-    plan = {
-        "tensors": [{"name": "h", "bytes": 2**20, "decision": "keep"}],
-        "predicted_peak": 2**24,
-        "measured_peak": None,
-    }
-    moved = plan | {"tensors": [{"name": "h", "bytes": 2**20, "decision": "recompute"}], "predicted_peak": 2**25}
-    one.plan, other.plan = plan, moved  # type: ignore[attr-defined]
+    one.plan, other.plan = planned(KEPT, 2**24), planned(RECOMPUTED, 2**25)
     one.kernels, other.kernels = [SiteKernel("a", "k", Path())], [SiteKernel("b", "k", Path())]
     found = compare(before, after)
     kinds = [(item.section, item.verdict) for item in found]
@@ -223,13 +224,13 @@ def test_every_section_is_compared() -> None:
 
 def test_a_report_without_a_plan_is_compared_in_all_else() -> None:
     before, after = report(), report()
-    before.graphs[0].plan = {"tensors": [], "predicted_peak": 1}  # type: ignore[attr-defined]
+    before.graphs[0].plan = planned(KEPT, 1)
     assert compare(before, after) == []
 
 
 def test_growth_within_the_tolerance_is_no_regression() -> None:
     before, after = report(), report()
-    before.graphs[0].plan, after.graphs[0].plan = ({"predicted_peak": 1000 + grown} for grown in (0, 40))  # type: ignore[attr-defined]
+    before.graphs[0].plan, after.graphs[0].plan = (planned(KEPT, 1000 + grown) for grown in (0, 40))
     assert [one.verdict for one in compare(before, after)] == ["worse"]
     assert [one.verdict for one in compare(before, after, tolerance=0.05)] == ["changed"]
 

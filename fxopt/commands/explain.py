@@ -13,7 +13,7 @@ from fxopt.commands.diff import read
 from fxopt.errors import OptionError
 from fxopt.report import Report
 
-__all__ = ["add_to"]
+__all__ = ["add_to", "failure", "said"]
 
 HELP = "say what fxopt would do to a model, and why not more"
 DESCRIPTION = """\
@@ -62,11 +62,16 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _failure(error: Exception) -> str:
-    """What was raised; Dynamo's message has the line of the model in its midst, and advice about itself at its end."""
+def failure(error: Exception) -> str:
+    """What was raised, with its kind."""
+    return f"{type(error).__name__}: {said(error)}"
+
+
+def said(error: Exception) -> str:
+    """The message; Dynamo's has the line of the model in its midst, and advice about itself at its end."""
     lines = [line for line in str(error).splitlines() if line.strip()]
     stop = next((at for at, line in enumerate(lines) if line.startswith("Set TORCHDYNAMO_VERBOSE")), len(lines))
-    return f"{type(error).__name__}: " + "\n  ".join(lines[: min(stop, 12)])
+    return "\n  ".join(lines[: min(stop, 12)])
 
 
 def _report(arguments: argparse.Namespace) -> Report | None:
@@ -87,7 +92,7 @@ def explained(subject: models.Subject, chosen: dict[str, Any], with_traceback: b
     except Exception as error:
         if with_traceback:
             traceback.print_exc()
-        print(f"fxopt: the model failed while it was traced, {_failure(error)}", file=sys.stderr)
+        print(f"fxopt: the model failed while it was traced, {failure(error)}", file=sys.stderr)
         if subject.fake:
             print("its tensors have no values, which may be why: --real, or a file without --fake", file=sys.stderr)
         return None

@@ -1,47 +1,43 @@
-"""The memory plan of a graph as a chart: predicted bytes over the step, peaks, budget, and every tensor's decision."""
+"""The memory plan of a graph as a chart: bytes over the step, peaks, budget, and every tensor's decision."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
 from typing import Any
 
 from fxopt.report import GraphReport
-from fxopt.report_format import plan_of
 
-__all__ = ["chart", "point"]
+__all__ = ["chart"]
 
 
 def chart(graph: GraphReport) -> dict[str, Any] | None:
     """What the script draws; None where nothing was planned.
 
+    budget, predicted, measured: bytes, `measured` None where nobody measured. notes: sentences.
+    parts:   {"name", "bytes"} at the peak, largest first.
     points:  {"bytes", "label"} over the step.
     tensors: {"name", "bytes", "decision", "reason", "source"}, largest first.
     """
-    plan = plan_of(graph)
+    plan = graph.plan
     if plan is None:
         return None
-    tensors = sorted((_tensor(row) for row in plan.get("tensors", [])), key=lambda row: -row["bytes"])
+    sizes = [*plan.timeline.forward, *plan.timeline.backward]
+    named = itertools.zip_longest(sizes, plan.timeline.names, fillvalue="")
+    parts = sorted(plan.parts.items(), key=lambda item: -item[1])
     return {
         "graph": graph.name,
-        "budget": plan.get("budget"),
-        "predicted_peak": plan.get("predicted_peak"),
-        "measured_peak": plan.get("measured_peak"),
-        "points": [point(one, at) for at, one in enumerate(plan.get("timeline", []))],
-        "tensors": tensors,
-    }
-
-
-def point(given: Any, at: int = 0) -> dict[str, Any]:
-    """A point of the timeline: bytes alone, (label, bytes), or an object with more."""
-    if isinstance(given, Mapping):
-        return {"bytes": given["bytes"], "label": str(given.get("label", given.get("node", at)))}
-    if isinstance(given, list | tuple):
-        return {"bytes": given[1], "label": str(given[0])}
-    return {"bytes": given, "label": f"step {at}"}
-
-
-def _tensor(row: Mapping[str, Any]) -> dict[str, Any]:
-    place = row.get("place") or ""
-    source = place.get("source", "") if isinstance(place, Mapping) else str(place)
-    keys = ("name", "bytes", "decision", "reason")
-    return {key: row.get(key, "") for key in keys} | {"source": source}
+        "summary": plan.summary,
+        "budget": plan.budget,
+        "predicted": plan.predicted,
+        "measured": plan.measured,
+        "notes": plan.notes,
+        "parts": [{"name": name, "bytes": size} for name, size in parts],
+        "points": [{"bytes": size, "label": name or f"event {at}"} for at, (size, name) in enumerate(named)],
+        "tensors": [
+            {
+                "name": row.name, "bytes": row.bytes, "decision": row.decision, "reason": row.reason,
+                "source": row.place.source,
+            }
+            for row in plan.rows
+        ],
+    }  # fmt: skip

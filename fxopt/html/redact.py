@@ -7,11 +7,10 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from fxopt.html.memory import point
+from fxopt.memory.plan import Plan, Trace
 from fxopt.outline import HOLE, Outline, Recorder
 from fxopt.precision.casts import Cast
 from fxopt.report import GraphReport, Report
-from fxopt.report_format import plan_of
 from fxopt.rule import Place, Refusal, Rewrite
 
 __all__ = ["redacted"]
@@ -60,6 +59,9 @@ def _names_in(report: Report) -> Iterator[str]:
         yield from (name for site in graph.rewrites for name in site.made)
         yield from (name for cast in graph.casts for name in (cast.node, cast.source))
         yield from (name.split(" ")[0] for name in graph.deferred)
+        if graph.plan is not None:
+            yield from (row.name for row in graph.plan.rows)
+            yield from graph.plan.timeline.names
         if graph.outline is not None:
             yield from (node.name for stage in graph.outline.stages for node in graph.outline.nodes(stage))
 
@@ -93,27 +95,29 @@ def _graph(graph: GraphReport, names: _Names) -> GraphReport:
         dataclasses.replace(one, node=names.of(one.node), source=names.of(one.source), place=place(one.place))
         for one in graph.casts
     ]
-    found = dataclasses.replace(
+    return dataclasses.replace(
         graph, rewrites=list(map(site, graph.rewrites)), refusals=list(map(site, graph.refusals)), casts=casts,
         deferred=[names.of(name.split(" ")[0]) for name in graph.deferred], notes=[], checks=checks, files=[],
         kernels=[], outline=None if graph.outline is None else _outline(graph.outline, names),
+        plan=None if graph.plan is None else _plan(graph.plan, names),
     )  # fmt: skip
-    plan = plan_of(graph)
-    if plan is not None:
-        found.plan = _plan(plan, names)  # type: ignore[assignment]
-    return found
 
 
-def _plan(plan: dict[str, Any], names: _Names) -> dict[str, Any]:
+def _plan(plan: Plan, names: _Names) -> Plan:
     """Bytes and decisions; reasons are sentences of fxopt's own."""
-    tensors = [
-        row | {"name": names.of(row["name"]), "place": "", "reason": names.text(str(row.get("reason", "")))}
-        for row in plan.get("tensors", [])
+    rows = [
+        dataclasses.replace(
+            row,
+            name=names.of(row.name),
+            reason=names.text(row.reason),
+            place=Place("", "", names.module(row.place.module)),
+        )
+        for row in plan.rows
     ]
-    timeline = [
-        {"bytes": one["bytes"], "label": names.of(one["label"])} for one in map(point, plan.get("timeline", []))
-    ]
-    return plan | {"tensors": tensors, "timeline": timeline}
+    timeline = dataclasses.replace(plan.timeline, names=tuple(map(names.of, plan.timeline.names)))
+    return dataclasses.replace(
+        plan, rows=rows, timeline=timeline, trace=Trace(), notes=list(map(names.text, plan.notes))
+    )
 
 
 def _outline(outline: Outline, names: _Names) -> Outline:

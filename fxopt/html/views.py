@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -66,11 +65,9 @@ def _peaks(chart: Mapping[str, Any]) -> list[Tile]:
     budget = chart["budget"]
     found = []
     for name in ("predicted", "measured"):
-        peak = chart[f"{name}_peak"]
+        peak = chart[name]
         if peak is not None:
-            over = budget is not None and peak > budget
-            of = f" of {mib(budget)}" if budget is not None else ""
-            found.append(Tile(mib(peak), f"{name} peak{of}", "bad" if over else "good"))
+            found.append(Tile(mib(peak), f"{name} peak of {mib(budget)}", "bad" if peak > budget else "good"))
     return found
 
 
@@ -108,7 +105,7 @@ def _refused(graph: str, one: Refusal) -> SiteRow:
 
 def _where(one: Rewrite | Refusal) -> tuple[str, str, str]:
     """Module path with its layer left open, source and code."""
-    return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", one.place.module), one.place.source, one.place.code
+    return one.place.any_layer, one.place.source, one.place.code
 
 
 def _way_out(one: Refusal) -> str:

@@ -5,7 +5,9 @@ Sizes are taken by their hints: arithmetic on symbolic sizes in a planner would 
 
 from __future__ import annotations
 
+import functools
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,7 +18,7 @@ from fxopt import compat
 from fxopt.fake import value_of
 from fxopt.memory.rates import Device
 
-__all__ = ["bytes_of", "flops_of", "hint", "seconds_of"]
+__all__ = ["bytes_of", "described", "flops_of", "hint", "seconds_of"]
 
 UNKNOWN = 4096
 """What a size without a hint (data-dependent) is taken for."""
@@ -40,8 +42,14 @@ def flops_of(node: fx.Node) -> int:
     formula = flop_registry.get(getattr(node.target, "_overloadpacket", None))
     if formula is None:
         return _flash_on_cpu(node)
-    args, kwargs = (_concrete(item) for item in (node.args, node.kwargs))
-    return int(formula(*args, **kwargs, out_val=_concrete(value_of(node))))
+    return _flops(formula, described(node.args), described(tuple(node.kwargs.items())), described(value_of(node)))
+
+
+@functools.lru_cache(maxsize=4096)
+def _flops(formula: Any, args: Any, kwargs: Any, result: Any) -> int:
+    """Remembered, since layers repeat: counting the pairs of a band takes milliseconds."""
+    named = {name: _concrete(value) for name, value in kwargs}
+    return int(formula(*_concrete(args), **named, out_val=_concrete(result)))
 
 
 def _flash_on_cpu(node: fx.Node) -> int:
@@ -56,17 +64,30 @@ def _flash_on_cpu(node: fx.Node) -> int:
     return 2 * batch * heads * queries * hint(k.shape[2]) * products
 
 
-def _concrete(value: Any) -> Any:
-    """Nodes and symbolic sizes as tensors without data and as numbers."""
+@dataclass(frozen=True)
+class _Like:
+    """What flops depend on of a tensor."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def described(value: Any) -> Any:
+    """Nodes and their values as something that can be hashed: tensors by shape and dtype, sizes as numbers."""
     if isinstance(value, fx.Node):
-        return _concrete(value_of(value))
+        return described(value_of(value))
     if isinstance(value, torch.Tensor):
-        return torch.empty([hint(size) for size in value.shape], dtype=value.dtype, device="meta")
+        return _Like(tuple(map(hint, value.shape)), value.dtype)
     if isinstance(value, tuple | list):
-        return type(value)([_concrete(item) for item in value])
-    if isinstance(value, dict):
-        return {key: _concrete(item) for key, item in value.items()}
+        return tuple(map(described, value))
     return compat.size_hint(value)
+
+
+def _concrete(value: Any) -> Any:
+    """What was described, with tensors without data."""
+    if isinstance(value, _Like):
+        return torch.empty(value.shape, dtype=value.dtype, device="meta")
+    return tuple(map(_concrete, value)) if isinstance(value, tuple) else value
 
 
 def seconds_of(node: fx.Node, flops: int, device: Device) -> float:

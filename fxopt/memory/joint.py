@@ -19,7 +19,7 @@ from fxopt import compat
 from fxopt.effects import storage_of
 from fxopt.fake import value_of
 from fxopt.memory.blocks import Blocks
-from fxopt.memory.cost import bytes_of, flops_of, seconds_of
+from fxopt.memory.cost import bytes_of, described, flops_of, seconds_of
 from fxopt.memory.rates import Device
 from fxopt.ops.registry import memory_of
 
@@ -49,6 +49,7 @@ class Joint:
     seconds, saving: of making it again, and of keeping it (writing and reading).
     flops, backward_flops.
     forced, banned: whether it must be made again (the user's checkpoint), or must not be (random numbers, effects).
+    running:   bytes at each position of `forward` that its node holds only while it runs.
     transient, gradients: bytes at each position of `backward` besides what was kept or made again.
     heavy:     positions of `backward` at which much is allocated.
     held:      bytes of the forward's outputs, which the caller holds. held_so_far: at each position of `forward`.
@@ -76,6 +77,7 @@ class Joint:
     backward_seconds: Array
     forced: Array
     banned: Array
+    running: Array
     transient: Array
     gradients: Array
     heavy: list[int]
@@ -85,9 +87,12 @@ class Joint:
     def mask(self, nodes: Sequence[fx.Node]) -> Array:
         """Which of `forward` are among `nodes`, or lie in memory that one of them is a view of."""
         chosen = {node.name for node in nodes}
+        memory = {storage_of(value_of(node)) for node in nodes} - {
+            None
+        }  # torch saves views that the backward makes, too
         mask = np.zeros(len(self.forward), dtype=bool)
         for index, node in enumerate(self.forward):
-            if node.name in chosen:
+            if node.name in chosen or (self.owner[index] == index and storage_of(value_of(node)) in memory):
                 mask[index] = mask[self.owner[index]] = True
         return mask
 
@@ -109,6 +114,7 @@ class _Reader:
         self.backward = [node for node in calls if node not in forward]
         self.at = {node: index for index, node in enumerate(self.forward)}
         self.position = {node: index for index, node in enumerate(self.backward)}
+        self.tangents = [node for node in nodes if node.op == "placeholder" and "tangents" in node.name]
         returned = compat.pytree.arg_tree_leaves(*nodes[-1].args)
         self.first_storage: dict[Any, fx.Node] = {}
         for node in nodes:
@@ -119,6 +125,7 @@ class _Reader:
         self.fuses = compat.fusible()
         self.device = device
         self._fused: dict[fx.Node, bool] = {}
+        self._running: dict[Any, int] = {}
 
     def owner(self, node: fx.Node) -> fx.Node:
         """The first node with the memory of `node`."""
@@ -140,6 +147,15 @@ class _Reader:
                     fits = self.fuses.is_fusible(reader)
             self._fused[node] = fits
         return self._fused[node]
+
+    def running(self, node: fx.Node) -> int:
+        """Bytes that `node` holds while it runs; asked once of calls that are alike, since layers repeat."""
+        if getattr(node.target, "namespace", "") != "fxopt":
+            return 0
+        key = (node.target, described(node.args), described(tuple(node.kwargs.items())))
+        if key not in self._running:
+            self._running[key] = _running(node)
+        return self._running[key]
 
     def joint(self) -> Joint:
         forward, at = self.forward, self.at
@@ -190,6 +206,7 @@ class _Reader:
             ),
             forced=forced,
             banned=banned,
+            running=np.array([self.running(node) for node in forward], dtype=float),
             transient=transient,
             gradients=gradients,
             heavy=self._heavy(backward_flops, whole.max(initial=1.0)),
@@ -237,10 +254,13 @@ class _Reader:
         for node, position in self.position.items():
             for item in node.all_input_nodes:
                 last[self.owner(item)] = position
+        for node in self.tangents:
+            change[0] += bytes_of(value_of(node))
+            change[last.get(node, 0) + 1] -= bytes_of(value_of(node))
         for node, position in self.position.items():
+            change[position] += (running := self.running(node))
+            change[position + 1] -= running
             if self.owner(node) is not node or not _is_tensor(node):
-                change[position] += (extra := _workspace(node))
-                change[position + 1] -= extra
                 continue
             size = bytes_of(value_of(node))
             if node in self.gradients:
@@ -260,13 +280,15 @@ def _is_tensor(node: fx.Node) -> bool:
     return isinstance(value_of(node), torch.Tensor)
 
 
-def _workspace(node: fx.Node) -> int:
-    """Bytes that one of fxopt's operators holds while it runs."""
+def _running(node: fx.Node) -> int:
+    """Bytes that one of fxopt's operators holds while it runs; of a tuple's parts, that are counted later, too."""
     try:
         found = memory_of(node.target, *map(value_of, node.args), **{k: value_of(v) for k, v in node.kwargs.items()})
     except (TypeError, ValueError):  # symbolic sizes
         return 0
-    return found.workspace if found else 0
+    if found is None:
+        return 0
+    return found.workspace + (0 if _is_tensor(node) else found.outputs)
 
 
 _ATTENTION = "scaled_dot_product"

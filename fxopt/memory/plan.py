@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
 from fxopt.memory.units import show_bytes
 from fxopt.rule import Place
 
-__all__ = ["KEPT", "OFFLOADED", "RECOMPUTED", "Plan", "Row", "Timeline"]
+__all__ = ["KEPT", "OFFLOADED", "RECOMPUTED", "Plan", "Row", "Timeline", "Trace", "spans"]
 
 KEPT, RECOMPUTED, OFFLOADED = "kept", "recomputed", "offloaded"
 
@@ -30,24 +31,52 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Timeline:
-    """Bytes held over one step, parameters and what else is resident included, at most `POINTS` of each part."""
+    """Bytes held over one step, parameters and what else is resident included, at most `POINTS` of each part.
+
+    names: of all points in order, the tensor that is taken or let go there; "" where it has no name in the graph.
+    """
 
     forward: tuple[int, ...] = ()
     backward: tuple[int, ...] = ()
+    names: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, forward: Sequence[int], backward: Sequence[int], resident: int) -> Timeline:
-        """From every event; of those that are left out, the highest stays."""
-        return cls(*(tuple(resident + one for one in _thinned(part)) for part in (forward, backward)))
+    def of(cls, forward: Sequence[int], backward: Sequence[int], resident: int, names: Sequence[str] = ()) -> Timeline:
+        """From every event; of those that are left out, the highest stays. names: of each event."""
+        points = list(zip([*forward, *backward], names or itertools.repeat(""), strict=False))
+        parts = points[: len(forward)], points[len(forward) :]
+        one, other = ([max(part[at], key=_bytes) for at in spans(len(part))] for part in parts)
+        sizes = [tuple(resident + size for size, _ in part) for part in (one, other)]
+        return cls(sizes[0], sizes[1], tuple(name for _, name in [*one, *other]))
 
 
 POINTS = 400
 
 
-def _thinned(values: Sequence[int]) -> list[int]:
-    """At most `POINTS` of `values`, each the highest of its neighbours."""
-    step = -(-len(values) // POINTS) or 1
-    return [max(values[at : at + step]) for at in range(0, len(values), step)]
+def spans(count: int, most: int = POINTS) -> list[slice]:
+    """At most `most` slices that cover `count`."""
+    step = -(-count // most) or 1
+    return [slice(at, at + step) for at in range(0, count, step)]
+
+
+def _bytes(point: tuple[int, str]) -> int:
+    return point[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class Trace:
+    """Every allocation and release of one step, in order; empty where none was replayed.
+
+    names: what each block of memory is in the graph, "" where it has no name. kinds: what each is for ("outputs",
+    "working memory"). sizes: bytes of each. moves: n for taking the nth block, -n for letting it go. turn: number of
+    moves in the forward.
+    """
+
+    names: tuple[str, ...] = ()
+    kinds: tuple[str, ...] = ()
+    sizes: tuple[int, ...] = ()
+    moves: tuple[int, ...] = ()
+    turn: int = 0
 
 
 @dataclasses.dataclass
@@ -65,6 +94,7 @@ class Plan:
     recompute_seconds, step_seconds: modelled, of making values again, and of the products and traffic of a step.
     solver_seconds, trials: what planning took, and how many plans were lowered to see their true peak.
     notes:     what a reader should know besides.
+    trace:     every allocation of the step, for `fxopt.memory.snapshot`.
     """
 
     budget: int
@@ -81,6 +111,7 @@ class Plan:
     trials: int
     notes: list[str] = dataclasses.field(default_factory=list)
     measured: int | None = None
+    trace: Trace = dataclasses.field(default_factory=Trace)
 
     def bytes_of(self, decision: str) -> int:
         """Bytes of the tensors of which that was decided."""
@@ -103,5 +134,6 @@ class Plan:
     def from_json(cls, data: dict[str, Any]) -> Plan:
         """The plan that `dataclasses.asdict` gave."""
         rows = [Row(**row | {"place": Place(**row["place"])}) for row in data["rows"]]
-        timeline = Timeline(*(tuple(data["timeline"][part]) for part in ("forward", "backward")))
-        return cls(**data | {"rows": rows, "timeline": timeline})
+        timeline = Timeline(**{name: tuple(part) for name, part in data["timeline"].items()})
+        trace = Trace(**{name: tuple(part) if name != "turn" else part for name, part in data["trace"].items()})  # type: ignore[arg-type]
+        return cls(**data | {"rows": rows, "timeline": timeline, "trace": trace})

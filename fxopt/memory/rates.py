@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from dataclasses import dataclass
 
@@ -9,7 +10,7 @@ import torch
 
 from fxopt.errors import OptionError, nearest
 
-__all__ = ["DEVICES", "Device", "device_named", "device_of"]
+__all__ = ["BY_ARCHITECTURE", "DEVICES", "Device", "device_named", "device_of"]
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,7 @@ class Device:
     libraries reach (TF32 off). bandwidth: bytes a second of its memory. link: bytes a second to pinned host memory,
     each way; 0 where there is nothing to offload to. reserve: bytes that the process takes besides tensors (context,
     libraries' workspaces). margin: share of the budget that the allocator may lose to fragmentation.
+    granularity: bytes to a multiple of which it rounds.
     """
 
     name: str
@@ -30,16 +32,22 @@ class Device:
     link: float = 0.0
     reserve: int = 0
     margin: float = 0.0
+    granularity: int = 1
 
     def flops_of(self, dtype: torch.dtype) -> float:
         """Flops a second of products of `dtype`."""
         return self.flops16 if dtype.itemsize <= 2 else self.flops
 
 
+CUDA_GRANULARITY = 512
+"""Of CUDA's caching allocator (c10/cuda/CUDACachingAllocator.cpp, kMinBlockSize)."""
+
+
 def _card(name: str, gib: float, fp32: float, fp16: float, bandwidth: float, link: float) -> Device:
     """From a data sheet: TFLOP/s (dense, fp32 accumulation), GB/s. Libraries reach 0.75, 0.7 and 0.85 of these."""
     memory, reserve = int(gib * 2**30), 512 * 2**20
-    return Device(name, memory, 0.75e12 * fp32, 0.7e12 * fp16, 0.85e9 * bandwidth, 0.85e9 * link, reserve, 0.02)
+    rates = (0.75e12 * fp32, 0.7e12 * fp16, 0.85e9 * bandwidth, 0.85e9 * link)
+    return Device(name, memory, *rates, reserve, 0.02, CUDA_GRANULARITY)
 
 
 CPU = Device("cpu", 0, 0.2e12, 0.2e12, 2e10)
@@ -58,9 +66,19 @@ DEVICES = {
         _card("a100", 80, 19.5, 312, 2039, 25),
         _card("h100", 80, 67, 989, 3350, 50),
         _card("h200", 141, 67, 989, 4800, 50),
+        _card("b200", 180, 75, 2250, 7700, 50),
+        _card("mi300x", 192, 163, 1307, 5300, 50),
     )
 }
-"""From NVIDIA's data sheets and architecture white papers; GeForce halves 16-bit products with fp32 accumulation."""
+"""From the makers' data sheets and white papers; GeForce halves 16-bit products with fp32 accumulation."""
+
+BY_ARCHITECTURE = {
+    arch: DEVICES[name]
+    for arch, name in (
+        (80, "a100"), (86, "rtx3090"), (89, "rtx4090"), (90, "h100"), (100, "b200"), (120, "rtx5090"), (942, "mi300x")
+    )
+}  # fmt: skip
+"""The best known card of each, as `fxopt.kernels.cards` numbers them."""
 
 
 def device_named(name: str) -> Device:
@@ -81,6 +99,4 @@ def device_of(device: torch.device) -> Device:
     label = properties.name.lower().replace(" ", "")
     known = next((one for key, one in DEVICES.items() if key in label), DEVICES["rtx3090"])
     link = 0.0 if properties.is_integrated else known.link
-    return Device(
-        properties.name, properties.total_memory, known.flops, known.flops16, known.bandwidth, link, known.reserve, 0.02
-    )
+    return dataclasses.replace(known, name=properties.name, memory=properties.total_memory, link=link)

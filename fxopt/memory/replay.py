@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from fxopt import compat
+from fxopt.memory.plan import Trace
 from fxopt.ops.offload_operator import SEND
 from fxopt.ops.registry import memory_of
 
@@ -45,6 +46,7 @@ class Ledger:
     now: int = 0
     events: list[Event] = field(default_factory=list)
     labels: dict[int, str] = field(default_factory=dict)
+    names: dict[int, str] = field(default_factory=dict)
     _numbers: dict[int, int] = field(default_factory=dict)
 
     def add(self, value: Any, on_host: bool = False) -> None:
@@ -67,10 +69,13 @@ class Ledger:
         for storage in _storages(value):
             self._numbers.setdefault(storage._cdata, -1)
 
-    def label(self, value: Any, name: str) -> None:
-        """What the tensors in `value` are, where they have no label yet."""
-        for storage in _storages(value):
-            self.labels.setdefault(self._numbers[storage._cdata], name)
+    def label(self, values: Sequence[Any], label: str, names: Sequence[str]) -> None:
+        """What the tensors in `values` are for, where they have no label yet, and their names in the graph."""
+        for value, name in zip(values, names, strict=True):
+            for storage in _storages(value):
+                number = self._numbers[storage._cdata]
+                self.labels.setdefault(number, label)
+                self.names.setdefault(number, name)
 
     def briefly(self, size: int) -> None:
         """`size` more bytes for a moment."""
@@ -99,12 +104,13 @@ def _storages(value: Any) -> list[Any]:
 class Replay:
     """Bytes in one step, without parameters and inputs: held after each event, forward and backward.
 
-    parts: bytes at the peak by what holds them.
+    parts: bytes at the peak by what holds them. trace: the events themselves.
     """
 
     forward: list[int]
     backward: list[int]
     parts: dict[str, int]
+    trace: Trace = field(default_factory=Trace)
 
     @classmethod
     def of(cls, ledger: Ledger, turn: int) -> Replay:
@@ -114,7 +120,8 @@ class Replay:
         parts: dict[str, int] = collections.defaultdict(int)
         for event in ledger.events[: top + 1]:
             parts[ledger.labels.get(event.number, WORKING)] += event.size
-        return cls(held[:turn], held[turn:], {name: size for name, size in parts.items() if size})
+        sizes = {name: size for name, size in parts.items() if size}
+        return cls(held[:turn], held[turn:], sizes, _trace(ledger, turn))
 
     @property
     def peaks(self) -> tuple[int, int]:
@@ -125,6 +132,24 @@ class Replay:
     def peak(self) -> int:
         """The most in the whole step."""
         return max(self.peaks)
+
+    @property
+    def names(self) -> list[str]:
+        """The name in the graph of what each event takes or lets go."""
+        return [self.trace.names[abs(move) - 1] for move in self.trace.moves]
+
+
+def _trace(ledger: Ledger, turn: int) -> Trace:
+    """The events of `ledger`, with blocks of memory numbered as they are taken."""
+    taken = [event.number for at, event in enumerate(ledger.events) if event.number == at]
+    blocks = {number: block for block, number in enumerate(taken, 1)}
+    return Trace(
+        names=tuple(ledger.names.get(number, "") for number in blocks),
+        kinds=tuple(ledger.labels.get(number, WORKING) for number in blocks),
+        sizes=tuple(ledger.events[number].size for number in blocks),
+        moves=tuple(blocks[one.number] * (1 if one.number == at else -1) for at, one in enumerate(ledger.events)),
+        turn=turn,
+    )
 
 
 def replay(
@@ -140,8 +165,8 @@ def replay(
         ledger.ignore(given)
         results = _call(forward.code, list(given), ledger)
         kept = results[:outputs]
-        ledger.label(kept, OUTPUTS)
-        ledger.label(results, KEPT)
+        ledger.label(kept, OUTPUTS, forward.output_names[:outputs])
+        ledger.label(results, KEPT, forward.output_names)
         turn = len(ledger.events)
         saved = dict(zip(forward.input_names, given, strict=True))
         saved |= dict(zip(forward.output_names[outputs:], results[outputs:], strict=True))
@@ -149,7 +174,7 @@ def replay(
         del results, saved  # but not what was given: memory that it let go would be taken for its own
         ledger.add(arguments)
         gradients = _call(backward.code, arguments, ledger)
-        ledger.label(gradients, GRADIENTS)
+        ledger.label(gradients, GRADIENTS, backward.output_names)
         found = Replay.of(ledger, turn)
         del kept, gradients
     return found

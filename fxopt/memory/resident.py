@@ -65,7 +65,7 @@ def found_optimizer(shapes: Sequence[tuple[int, ...]]) -> float | None:
 
 
 def _optimizers() -> list[torch.optim.Optimizer]:
-    # By type: asking an object for its `__class__` runs code of modules that warn.
+    # By type: isinstance asks modules that warn, and weak references to objects that are gone, which raise.
     return [one for one in gc.get_objects() if issubclass(type(one), torch.optim.Optimizer)]
 
 

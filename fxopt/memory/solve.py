@@ -27,9 +27,11 @@ from fxopt.memory.offload import movable
 
 __all__ = [
     "NO_BIAS",
+    "Lives",
     "Peaks",
     "Solution",
     "closure",
+    "forward_transient",
     "modelled",
     "offloadable",
     "read_from",
@@ -122,7 +124,7 @@ def read_from(joint: Joint) -> Array:
     return np.where(joint.first < NEVER, np.maximum(by_forward, by_backward), by_forward)
 
 
-class _Times:
+class Lives:
     """When values that are made again begin and end to live, whatever is decided: just before their first reader."""
 
     def __init__(self, joint: Joint):
@@ -145,7 +147,7 @@ class _Program:
 
     def __init__(self, joint: Joint, link: float, bias: Peaks):
         self.joint, self.link, self.bias = joint, link, bias
-        self.times = _Times(joint)
+        self.times = Lives(joint)
         count = len(joint.forward)
         self.again, self.offload, self.sums = count, 2 * count, 3 * count
         self.peak = 3 * count + joint.blocks
@@ -257,7 +259,7 @@ def forward_transient(joint: Joint) -> Array:
     for at, until in enumerate(joint.last_forward):
         change[at] += joint.written[at]
         change[until + 1] -= joint.written[at]
-    return np.cumsum(change)[:-1] + joint.held_so_far
+    return np.cumsum(change)[:-1] + joint.held_so_far + joint.running
 
 
 def solve(

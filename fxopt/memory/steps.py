@@ -9,7 +9,9 @@ from __future__ import annotations
 import contextvars
 import dataclasses
 
-__all__ = ["Piece", "Step", "earlier_pieces", "note_piece"]
+from fxopt.memory.units import show_bytes
+
+__all__ = ["ALONE", "Piece", "Step", "earlier_pieces", "note_piece"]
 
 SHARE = 0.5
 
@@ -39,6 +41,19 @@ class Step:
     def share(self) -> float:
         """Of what is left, what this piece may take."""
         return SHARE if self.more else 1.0
+
+    def told(self) -> list[str]:
+        """What the report says of it, a sentence each; nothing where the graph is all there is."""
+        found = []
+        if self.earlier:
+            others = ", ".join(piece.name for piece in self.earlier)
+            found.append(f"the budget is shared with {others} of this step, which hold {show_bytes(self.held)}")
+        if self.more:
+            found.append("others follow after a graph break: half of what is left is planned for this one")
+        return found
+
+
+ALONE = Step()
 
 
 _EARLIER: contextvars.ContextVar[tuple[Piece, ...]] = contextvars.ContextVar("fxopt_pieces", default=())

@@ -6,11 +6,11 @@
             1 + n products; the logits are written and read, and so is the fp32 sum of the weight's gradient, which is
             twice as large as the weight where that is of 16 bits
 
-By the rates below an H100 takes, in bf16 and with a trained head, at 8192 tokens:
+By its rates (fxopt.memory.rates) an H100 takes, in bf16 and with a trained head, at 8192 tokens:
 
                     tiles               chunks              Inductor with logits
-    256k x 2304     77 ms, 136 MiB      66 ms, 2.2 GiB      53 ms, 16 GiB       (besides the gradients)
-    128k x 4096     67 ms, 192 MiB      55 ms, 2.0 GiB      44 ms, 8 GiB
+    256k x 2304     73 ms, 136 MiB      64 ms, 2.2 GiB      51 ms, 16 GiB       (besides the gradients)
+    128k x 4096     63 ms, 192 MiB      54 ms, 2.0 GiB      42 ms, 8 GiB
 
 So exact gradients in a twelfth of Inductor's memory cost a fourth product, 1.5 times its time; Cut Cross-Entropy buys
 that back by leaving out small gradients. With a frozen head chunks have no sum to keep, and win where H is 384 and
@@ -19,13 +19,12 @@ more. fp32, whose exact products are slow in Triton, goes by chunks.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import SymInt, Tensor
 
 from fxopt import compat
 from fxopt.kernels.cards import card_of
+from fxopt.memory.rates import BY_ARCHITECTURE, Device
 from fxopt.ops.chunked_loss import least_rows
 from fxopt.ops.launch import runs_triton
 from fxopt.ops.loss_launch import LEAST_CLASSES
@@ -33,26 +32,6 @@ from fxopt.ops.loss_spec import Wanted
 
 __all__ = ["chunk_seconds", "rates_of", "recomputes", "tile_seconds", "tokens_for_chunks"]
 
-
-@dataclass(frozen=True)
-class Rates:
-    """What a card reaches: flop/s of the library's products of 16-bit and of fp32 numbers, bytes/s of its memory."""
-
-    narrow: float
-    fp32: float
-    memory: float
-
-
-RATES = {
-    80: Rates(250e12, 17e12, 1.6e12),  # A100
-    86: Rates(65e12, 25e12, 0.85e12),  # RTX 3090
-    89: Rates(150e12, 60e12, 0.9e12),  # RTX 4090
-    90: Rates(650e12, 50e12, 3.0e12),  # H100
-    100: Rates(1600e12, 60e12, 7.0e12),  # B200
-    120: Rates(200e12, 75e12, 1.6e12),  # RTX 5090
-    942: Rates(600e12, 100e12, 4.0e12),  # MI300X
-}
-"""By architecture, of its best known card: 70 to 85% of what the data sheets say. Only their ratios decide anything."""
 
 NARROW_SHARE, FP32_SHARE = 0.75, 0.5
 """Of the library's rate, what a Triton product of 16-bit and of fp32 numbers reaches."""
@@ -80,31 +59,31 @@ def recomputes(hidden: Tensor, weight: Tensor, tokens: int | SymInt, wanted: Wan
 
 
 @torch.compiler.assume_constant_result  # Dynamo, which may trace this, need not know how a device is asked
-def _rates_on(device: torch.device) -> Rates:
+def _rates_on(device: torch.device) -> Device:
     return rates_of(card_of(device).arch)
 
 
-def rates_of(arch: int) -> Rates:
-    """Of the newest architecture in the table that is no newer than `arch`."""
-    return RATES[max([known for known in RATES if known <= arch], default=min(RATES))]
+def rates_of(arch: int) -> Device:
+    """Of the newest architecture in the table that is no newer than `arch`. Only ratios of rates decide anything."""
+    return BY_ARCHITECTURE[max([known for known in BY_ARCHITECTURE if known <= arch], default=min(BY_ARCHITECTURE))]
 
 
-def tile_seconds(weight: Tensor, wanted: Wanted, rates: Rates) -> float:
+def tile_seconds(weight: Tensor, wanted: Wanted, rates: Device) -> float:
     """Per logit, forward and backward."""
-    share, rate = (NARROW_SHARE, rates.narrow) if weight.itemsize == 2 else (FP32_SHARE, rates.fp32)
+    share, rate = (NARROW_SHARE, rates.flops16) if weight.itemsize == 2 else (FP32_SHARE, rates.flops)
     products = 2 / share + wanted.products
     gradient = weight.itemsize * (1 + wanted.products)
     by_hidden = 8 * weight.shape[1] / LEAST_CLASSES if wanted.hidden else 0
-    return 2 * weight.shape[1] * products / rate + (gradient + by_hidden) / rates.memory
+    return 2 * weight.shape[1] * products / rate + (gradient + by_hidden) / rates.bandwidth
 
 
-def chunk_seconds(weight: Tensor, wanted: Wanted, rates: Rates) -> float:
+def chunk_seconds(weight: Tensor, wanted: Wanted, rates: Device) -> float:
     """Per logit, forward and backward."""
-    rate = rates.narrow if weight.itemsize == 2 else rates.fp32
+    rate = rates.flops16 if weight.itemsize == 2 else rates.flops
     products = 1 + wanted.products
     logits = weight.itemsize * (4 + wanted.products)
     by_weight = 8 * weight.shape[1] / least_rows(weight, True) if wanted.weight else 0
-    return 2 * weight.shape[1] * products / rate + (logits + by_weight) / rates.memory
+    return 2 * weight.shape[1] * products / rate + (logits + by_weight) / rates.bandwidth
 
 
 def tokens_for_chunks(weight: Tensor, wanted: Wanted) -> int:

@@ -25,6 +25,7 @@ from fxopt.kernels.linear_cross_entropy import (
     tile_configs,
 )
 from fxopt.kernels.offline import Job, compile_offline
+from fxopt.memory.rates import BY_ARCHITECTURE
 from fxopt.ops import loss_costs
 from fxopt.ops.loss_operator import BACKWARD, FORWARD
 from fxopt.ops.loss_spec import Wanted
@@ -186,7 +187,7 @@ def test_a_fourth_product_costs_time_and_a_sum_of_the_weight_memory(card: Card) 
 
 def test_rates_of_a_card_that_is_not_in_the_table_are_those_of_an_older_one() -> None:
     assert [loss_costs.rates_of(arch) for arch in (75, 87, 103, 121)] == [
-        loss_costs.RATES[arch] for arch in (80, 86, 100, 120)
+        BY_ARCHITECTURE[arch] for arch in (80, 86, 100, 120)
     ]
 
 

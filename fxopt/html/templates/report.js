@@ -384,22 +384,26 @@
     };
     for (const chart of DATA.memory.filter(Boolean)) {
       box.append(el("h2", "", chart.graph));
+      box.append(el("p", "", chart.summary));
       if (chart.points.length) box.append(drawChart(chart, hover));
-      const table = el("table", "wide");
-      const head = el("tr");
-      for (const name of ["tensor", "size", "decision", "why", "source"]) head.append(el("th", "", name));
-      table.append(head);
-      for (const row of chart.tensors) {
-        const line = el("tr");
-        for (const cell of [row.name, mib(row.bytes), row.decision, row.reason, row.source]) line.append(el("td", "", cell));
-        table.append(line);
-      }
-      box.append(table);
+      for (const note of chart.notes) box.append(el("p", "", note));
+      box.append(tableOf(["at the peak", "size"], chart.parts.map((one) => [one.name, mib(one.bytes)])));
+      const rows = chart.tensors.map((row) => [row.name, mib(row.bytes), row.decision, row.reason, row.source]);
+      box.append(tableOf(["tensor", "size", "decision", "why", "source"], rows));
     }
+  };
+  const tableOf = (titles, rows) => {
+    const table = el("table", "wide");
+    for (const [kind, cells] of [["th", titles], ...rows.map((row) => ["td", row])]) {
+      const line = el("tr");
+      for (const cell of cells) line.append(el(kind, "", cell));
+      table.append(line);
+    }
+    return table;
   };
   const drawChart = (chart, hover) => {
     const width = 1000, high = 240, points = chart.points;
-    const limits = [["limit", "budget", chart.budget], ["measured", "measured peak", chart.measured_peak]].filter((one) => one[2] !== null);
+    const limits = [["limit", "budget", chart.budget], ["measured", "measured peak", chart.measured]].filter((one) => one[2] !== null);
     const top = 1.08 * Math.max(...points.map((one) => one.bytes), ...limits.map((one) => one[2]));
     const x = (at) => (at * width) / Math.max(1, points.length - 1), y = (bytes) => high - (bytes * high) / top;
     const picture = svg("svg", { viewBox: `0 0 ${width} ${high + 4}`, width: "100%", height: high, preserveAspectRatio: "none" });
