@@ -80,10 +80,10 @@ def replay(forward: fx.GraphModule, backward: fx.GraphModule, outputs: int) -> R
         resident = list(values.values())
         ledger.ignore(resident)
         results = _Counted(forward, ledger).run(*resident)
-        ledger.label(results[:outputs], OUTPUTS)
-        ledger.label(results, KEPT)
-        turn = len(ledger.events)
         names = [getattr(item, "name", "") for item in forward.graph.output_node().args[0]]
+        ledger.label(results[:outputs], OUTPUTS, names[:outputs])
+        ledger.label(results, KEPT, names)
+        turn = len(ledger.events)
         values |= dict(zip(names[outputs:], results[outputs:], strict=True))
         given = [
             values[node.name] if node.name in values else _fresh(value_of(node))
@@ -93,7 +93,7 @@ def replay(forward: fx.GraphModule, backward: fx.GraphModule, outputs: int) -> R
         del results, values
         ledger.add(given)
         gradients = _boxed(backward, given, ledger)
-        ledger.label(gradients, GRADIENTS)
+        ledger.label(gradients, GRADIENTS, ["" for _ in gradients])
         found = Replay.of(ledger, turn)
         del held, gradients
     return found
@@ -148,7 +148,7 @@ class Planned:
     def __init__(self, function: Callable[..., Any], wanted: Request | None, monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setattr(memory_plan, "_recall", lambda key: None)
         monkeypatch.setattr(memory_plan, "_remember", lambda key, found: None)
-        monkeypatch.setattr(memory_plan._Cut, "replayed", _replayed)
+        monkeypatch.setattr(memory_plan.Cut, "replayed", _replayed)
         self.wanted = wanted
         self.plans: list[Plan | None] = []
         self.cuts: list[tuple[fx.GraphModule, fx.GraphModule]] = []

@@ -27,6 +27,7 @@ PLAN = Plan(
     budget=300 * 2**20,
     predicted=290 * 2**20,
     measured=310 * 2**20,
+    retained=150 * 2**20,
     default=400 * 2**20,
     resident={"parameters": 100 * 2**20},
     parts={"parameters": 100 * 2**20, "gradients": 190 * 2**20},

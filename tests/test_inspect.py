@@ -199,7 +199,7 @@ def test_diff_finds_sites_and_fails_for_those_that_are_lost(written: Any, capsys
 def planned(decision: str, predicted: int) -> Plan:
     """A plan that decides one tensor."""
     rows = [Row("h", 2**20, decision, "", Place())]
-    return Plan(2**30, {}, rows, predicted, 0, {}, Timeline(), 0.0, 1.0, 0.0, 1)
+    return Plan(2**30, {}, rows, predicted, 0, 0, {}, Timeline(), 0.0, 1.0, 0.0, 1)
 
 
 def test_every_section_is_compared() -> None:

@@ -116,7 +116,9 @@ def test_search_finds_the_border_in_few_trials(slope: int, bend: int, fixed: int
 
 
 def test_a_line_marks_the_budget() -> None:
-    plan = Plan(200, {"parameters": 50}, [], 180, 0, {}, Timeline((60, 100, 150), (180, 120, 60)), 0.0, 1.0, 0.0, 1)
+    plan = Plan(
+        200, {"parameters": 50}, [], 180, 100, 0, {}, Timeline((60, 100, 150), (180, 120, 60)), 0.0, 1.0, 0.0, 1
+    )
     lines = picture.in_text(plan).plain.splitlines()
     assert len(lines) == picture.HEIGHT + 1
     assert "─" in lines[0]

@@ -47,7 +47,7 @@ def highest(data: dict[str, Any]) -> int:
 
 def test_blocks_never_overlap_and_freed_room_is_used_again() -> None:
     trace = Trace(("a", "b", "", "d"), ("kept",) * 4, (1000, 300, 0, 800), (1, 2, 3, -3, -1, 4, -2), 3)
-    plan = Plan(2**30, {"parameters": 512}, [Row("a", 1000, "kept", "dear", Place("m.py:3"))], 0, 0, {}, Timeline(),
+    plan = Plan(2**30, {"parameters": 512}, [Row("a", 1000, "kept", "dear", Place("m.py:3"))], 0, 0, 0, {}, Timeline(),
                 0.0, 1.0, 0.0, 1, trace=trace)  # fmt: skip
     data = snapshot_of(plan)
     (segment,) = data["segments"]

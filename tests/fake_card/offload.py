@@ -54,10 +54,12 @@ def cut(gm: Any, inputs: Any, how: dict[str, Any], cases: dict[str, dict[str, fl
     import numpy as np
     import torch
 
+    from fxopt.memory.rates import device_of
     from fxopt.memory.solve import Solution, modelled, solve
-    from fxopt.passes.memory_plan import _Cut
+    from fxopt.passes.memory_plan import Cut
 
-    whole = _Cut(gm, inputs, how, torch.device("cuda:0"))
+    card = torch.device("cuda:0")
+    whole = Cut(gm, inputs, how, card, device_of(card))
     least = solve(whole.joint, None)
     assert least is not None
     stock = Solution(whole.stock, np.zeros_like(whole.stock), optimal=True)

@@ -12,7 +12,8 @@ from torch import Tensor, fx, nn
 from fxopt import compat
 from fxopt.memory.joint import Joint
 from fxopt.memory.offload import movable
-from fxopt.passes.memory_plan import _Cut, _Saved
+from fxopt.memory.rates import device_of
+from fxopt.passes.memory_plan import Cut, _Saved
 
 CPU = torch.device("cpu")
 
@@ -50,7 +51,7 @@ class Graphs:
 
     forward: fx.GraphModule
     backward: fx.GraphModule
-    cut: _Cut
+    cut: Cut
     offloaded: list[str]
 
 
@@ -73,13 +74,13 @@ class Offloading:
 
     def partition(self, gm: fx.GraphModule, inputs: Any, **how: Any) -> Any:
         """Torch's own choice of what is saved, part of it on the host."""
-        found = split(_Cut(gm, inputs, how, CPU), self.choose)
+        found = split(Cut(gm, inputs, how, CPU, device_of(CPU)), self.choose)
         self.change(found)
         self.graphs.append(found)
         return found.forward, found.backward
 
 
-def split(cut: _Cut, choose: Choose) -> Graphs:
+def split(cut: Cut, choose: Choose) -> Graphs:
     """`cut` with torch's choice of what is saved, of which `choose` says what is offloaded."""
     joint = cut.joint
     stock = [at for at in cut.stock.nonzero()[0] if not joint.view[at]]
