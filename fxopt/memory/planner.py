@@ -18,7 +18,7 @@ from fxopt.memory.solve import NO_BIAS, Peaks, Solution, modelled, recompute_sec
 
 __all__ = ["Decision", "Infeasible", "decide"]
 
-MOST_TRIALS, DESCENTS = 5, 3
+MOST_TRIALS, TURNS, DESCENTS = 6, 10, 3
 ENOUGH = 0.965
 """Share of the budget from which on a plan that fits is not made better."""
 UNDER = 0.85
@@ -70,12 +70,29 @@ class _Loop:
             self.default = self.attempt(None, own)
             if self.default.peak <= self.budget:
                 return self.decision(None, self.default)
-        while self.trials < MOST_TRIALS and not self.settled():
-            solution = self.solved(self.budget)
-            if solution is None or self.known(solution) is not None:
-                break
-            self.tried.append((solution, self.attempt(solution, solution)))
+        self.search()
         return self.best()
+
+    def search(self) -> None:
+        """Solve under a correction of the model, and correct it by what comes of the plan.
+
+        The correction that a plan teaches may be too much for one that keeps less, or too little for one that keeps
+        more: between one whose plan was over the budget and one whose plan left too much of it, or that had none, the
+        next is halfway.
+        """
+        over: Peaks | None = None
+        under: Peaks | None = None
+        for _ in range(TURNS):
+            used, before = self.bias, self.trials
+            solution = self.solved(self.budget)
+            peak = 0 if solution is None else self.attempt(solution, solution).peak
+            if ENOUGH * self.budget <= peak <= self.budget or self.trials >= MOST_TRIALS:
+                return
+            over, under = (used, under) if peak > self.budget else (over, used)
+            if over is not None and under is not None:
+                self.bias = over.toward(under, 0.5)
+            elif self.trials == before:  # nothing was learnt
+                return
 
     def solved(self, budget: float | None) -> Solution | None:
         begin = time.perf_counter()
@@ -89,6 +106,8 @@ class _Loop:
         if replay is None:
             self.trials += 1
             replay = self.trial(solution)
+            if solution is not None:
+                self.tried.append((solution, replay))
         self.bias = Peaks(*map(float, replay.peaks)) - modelled(self.joint, held, self.link)
         return replay
 
@@ -99,20 +118,19 @@ class _Loop:
                 return replay
         return None
 
-    def settled(self) -> bool:
-        """Whether the last plan fits, and leaves little of the budget."""
-        return bool(self.tried) and ENOUGH * self.budget <= self.tried[-1][1].peak <= self.budget
-
     def best(self) -> Decision:
         """The cheapest that fits. Raises Infeasible."""
-        fitting = [item for item in self.tried if item[1].peak <= self.budget]
-        if fitting:
-            return self.decision(*min(fitting, key=lambda item: recompute_seconds(self.joint, item[0].saved)))
+        if any(replay.peak <= self.budget for _, replay in self.tried):
+            return self.cheapest()
         solution, replay = self.lowest()
-        found = self.decision(solution, replay)
-        if replay.peak <= self.budget:
-            return found
-        raise Infeasible(found)
+        if replay.peak > self.budget:
+            raise Infeasible(self.decision(solution, replay))
+        return self.cheapest()
+
+    def cheapest(self) -> Decision:
+        """Of the plans tried that fit."""
+        fitting = [item for item in self.tried if item[1].peak <= self.budget]
+        return self.decision(*min(fitting, key=lambda item: recompute_seconds(self.joint, item[0].saved)))
 
     def lowest(self) -> tuple[Solution, Replay]:
         """The plan with the lowest peak, found in the same way whatever the budget: what an error names must do."""
@@ -122,11 +140,9 @@ class _Loop:
             solution = self.solved(None)
             if solution is None:
                 raise ValueError("the constraints of the user's checkpoints contradict one another")
-            if any(np.array_equal(solution.kept, one.kept) for one, _ in found):
+            if any(np.array_equal(solution.saved, one.saved) for one, _ in found):
                 break
-            replay = self.attempt(solution, solution)
-            found.append((solution, replay))
-        self.tried += found
+            found.append((solution, self.attempt(solution, solution)))
         return min(found, key=lambda item: item[1].peak)
 
 

@@ -65,6 +65,11 @@ class Peaks:
     def __sub__(self, other: Peaks) -> Peaks:
         return Peaks(self.forward - other.forward, self.backward - other.backward)
 
+    def toward(self, other: Peaks, share: float) -> Peaks:
+        """Between this, at 0, and `other`, at 1."""
+        way = other - self
+        return Peaks(self.forward + share * way.forward, self.backward + share * way.backward)
+
 
 NO_BIAS = Peaks(0.0, 0.0)
 

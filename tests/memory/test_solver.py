@@ -98,17 +98,18 @@ def test_out_of_time_a_plan_is_rounded_and_still_computes_nothing_twice_that_it_
 
 
 class Code:
-    """Made-up code, whose peak is the modelled one times `factor` and `more`."""
+    """Made-up code, whose peak is the modelled one times `factor` and `more`, and `by_kept` of what is kept."""
 
-    def __init__(self, of: Joint, stock: Any, factor: float, more: int):
-        self.of, self.factor, self.more = of, factor, more
+    def __init__(self, of: Joint, stock: Any, factor: float, more: int, by_kept: float = 0.0):
+        self.of, self.factor, self.more, self.by_kept = of, factor, more, by_kept
         self.own = Solution(stock, np.zeros_like(stock), True)
         self.tried = 0
 
     def __call__(self, solution: Solution | None) -> Replay:
         self.tried += 1
-        peaks = modelled(self.of, solution or self.own)
-        forward, backward = (int(self.factor * one + self.more) for one in (peaks.forward, peaks.backward))
+        plan = solution or self.own
+        peaks, extra = modelled(self.of, plan), self.more + self.by_kept * float(self.of.size[plan.kept].sum())
+        forward, backward = (int(self.factor * one + extra) for one in (peaks.forward, peaks.backward))
         return Replay([forward], [backward], {})
 
 
@@ -128,3 +129,16 @@ def test_the_loop_corrects_a_model_that_is_wrong(factor: float, more: int, share
     before = code.tried
     assert decide(of, stock, most, code).solution is None
     assert code.tried == before + 1
+
+
+@pytest.mark.parametrize("share", [0.5, 0.8])
+def test_a_model_that_is_wrong_by_what_is_kept_still_uses_most_of_the_budget(share: float) -> None:
+    of, stock = joint_of(Model(3), torch.randn(2, TOKENS, WIDTH))
+    code = Code(of, stock, 1.0, 0, by_kept=0.7)
+    most = code(None).peak
+    with pytest.raises(Infeasible) as none:
+        decide(of, stock, 1.0, code)
+    least = none.value.lowest.replay.peak
+    budget = least + share * (most - least)
+    found = decide(of, stock, budget, code)
+    assert 0.9 * budget <= found.replay.peak <= budget
