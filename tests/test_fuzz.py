@@ -81,6 +81,7 @@ def guilty() -> Trial:
     return dataclasses.replace(trial, spec=ModuleSpec(setting, part, loss), options=options)
 
 
+@pytest.mark.slow
 def test_a_planted_bug_is_found_shrunk_and_written_down(planted: None, tmp_path: Path) -> None:
     trial = guilty()
     verdict = run(trial)
@@ -105,6 +106,7 @@ def test_a_failure_is_run_again_and_forgotten_once_it_is_none(tmp_path: Path) ->
     assert not Corpus(tmp_path).failures()
 
 
+@pytest.mark.slow
 def test_it_resumes(tmp_path: Path) -> None:
     command = ["--corpus", str(tmp_path / "c"), "--seed", "3", "--inductor", "0", "--json", str(tmp_path / "s.json")]
     assert fuzz.main([*command, "--cases", "1", "--minutes", "2"]) == 0
@@ -118,6 +120,7 @@ def test_it_resumes(tmp_path: Path) -> None:
     assert second["counts"]
 
 
+@pytest.mark.slow
 def test_a_case_that_took_the_process_down_is_reported(tmp_path: Path) -> None:
     (tmp_path / "running.json").write_text(json.dumps([guilty().key()]))
     summary = fuzz.Fuzz(Corpus(tmp_path), seconds=0.0).run()

@@ -95,6 +95,7 @@ def test_what_fits_is_searched_for_models_only(capsys: Capture) -> None:
     assert "--fit needs a --config model" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_largest_batch_fits_and_the_next_does_not(capsys: Capture) -> None:
     arguments = [*LLAMA, "--seq", "64", "--budget", "4MiB", "--optimizer", "sgd", "--fit", "batch", "--batch", "3"]
     assert main(["plan", *arguments, "--json"]) == 0
@@ -127,6 +128,7 @@ def test_a_line_marks_the_budget() -> None:
     assert lines[-1] == "forbackward"
 
 
+@pytest.mark.slow
 def test_the_model_is_near_the_code_that_is_lowered() -> None:
     """The forward's peak to a percent; the backward's from -20% to +30% (docs/plan.md has larger models)."""
     from fxopt.outlook import Cut, outlook

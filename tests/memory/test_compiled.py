@@ -142,6 +142,7 @@ def test_graphs_of_one_step_share_the_budget() -> None:
     assert any("shared with graph 0" in note for note in other.notes)
 
 
+@pytest.mark.slow
 def test_a_weight_in_16_bits_is_cast_again_where_there_is_no_room() -> None:
     model = llama(1)
     with pytest.raises(BudgetError) as raised:

@@ -99,6 +99,7 @@ def answers() -> dict[str, Any]:
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
+@pytest.mark.slow
 def test_plans_for_a_card_keep_to_their_budget_and_hide_their_copies(answers: dict[str, Any]) -> None:
     for name in ("slow", "pcie4", "fast", "below"):
         found = answers[name]
@@ -111,6 +112,7 @@ def test_plans_for_a_card_keep_to_their_budget_and_hide_their_copies(answers: di
         assert min(found["offloaded"].values(), default=2 * MIB) >= 2 * MIB
 
 
+@pytest.mark.slow
 def test_a_faster_link_saves_recomputation(answers: dict[str, Any]) -> None:
     assert answers["none"]["offloaded"] == {}
     assert answers["none"]["again"] > 1.1 * answers["pcie4"]["again"] > 1.1 * answers["fast"]["again"]
@@ -118,6 +120,7 @@ def test_a_faster_link_saves_recomputation(answers: dict[str, Any]) -> None:
     assert sum(answers["fast"]["offloaded"].values()) > sum(answers["pcie4"]["offloaded"].values())
 
 
+@pytest.mark.slow
 def test_offloading_goes_below_the_least_that_recomputing_needs(answers: dict[str, Any]) -> None:
     assert answers["below"]["offloaded"]
     assert answers["below"]["budget"] < answers["none"]["budget"]

@@ -57,7 +57,7 @@ def extremes(of: Model, monkeypatch: pytest.MonkeyPatch) -> tuple[int, int]:
 # --- the law -----------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=6, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=4, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_a_step_under_any_budget_keeps_to_it_and_computes_the_same(
     data: st.DataObject, monkeypatch: pytest.MonkeyPatch
@@ -175,6 +175,7 @@ def test_a_users_checkpoint_is_obeyed(monkeypatch: pytest.MonkeyPatch) -> None:
         assert inside == []
 
 
+@pytest.mark.slow
 def test_sizes_that_change_are_planned_by_their_hints_and_make_no_guards(monkeypatch: pytest.MonkeyPatch) -> None:
     of = model()
     least, most = extremes(of, monkeypatch)
