@@ -10,10 +10,10 @@ from types import ModuleType
 
 import cases
 import measure
-import memory
 import precision
 import pytest
 import readme
+import rss
 import step
 import torch
 from rich.console import Console
@@ -33,8 +33,8 @@ def test_peak_counts_what_was_freed_again_and_forgets_earlier_peaks() -> None:
     def transient() -> None:
         assert len(b"x" * (200 * MIB)) == 200 * MIB
 
-    assert 199 <= memory.peak_over_rest(transient) < 212
-    assert memory.peak_over_rest(lambda: b"x" * MIB) < 12
+    assert 199 <= rss.peak_over_rest(transient) < 212
+    assert rss.peak_over_rest(lambda: b"x" * MIB) < 12
 
 
 def test_ratio_is_taken_turn_by_turn() -> None:

@@ -71,7 +71,7 @@ def gradients(model: torch.nn.Module) -> list[torch.Tensor]:
 
 
 def test_a_llama_keeps_to_its_budget_and_its_gradients(tmp_path: Path) -> None:
-    model = llama()
+    model = llama(1)
     step = trained(model, {"memory_budget": "1GiB"})
     wanted, loose = gradients(model), last_plan()
     assert measured(model, step) == pytest.approx(loose.predicted, abs=BESIDE)
