@@ -9,6 +9,7 @@ from fxopt.differential import same_function
 from fxopt.rewrite import apply_rule
 
 aten = torch.ops.aten
+from fxopt.verify import VerificationError
 
 
 def spelled(x, ids):
@@ -116,7 +117,7 @@ def test_what_is_written_or_returned_is_not_shared():
     same_function(graph, outcome.module, [X, IDS])
 
 
-def test_draws_are_not_shared():
+def test_a_replacement_that_draws_unasked_is_refused_before_anything_is_shared():
     def drawing(x, ids):
         return x * torch.rand_like(x).round().abs() * (ids.diff(dim=0, prepend=ids[:1]) == 0)
 
@@ -124,8 +125,8 @@ def test_draws_are_not_shared():
         y = x.cos()
         return spelled(y, ids) + spelled(y, ids)
 
-    _, outcome = applied(fn, X, IDS, replacement=drawing)
-    assert count(outcome.module, aten.rand_like.default) == 2
+    with pytest.raises(VerificationError, match=r"random operators changed: \[\] became .*rand_like.*rand_like"):
+        applied(fn, X, IDS, replacement=drawing)
 
 
 def test_layers_in_bodies_share_within_each():
