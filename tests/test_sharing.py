@@ -7,9 +7,9 @@ from graphs import captured, targets
 from fxopt import Region, Site
 from fxopt.differential import same_function
 from fxopt.rewrite import apply_rule
+from fxopt.verify import VerificationError
 
 aten = torch.ops.aten
-from fxopt.verify import VerificationError
 
 
 def spelled(x, ids):
