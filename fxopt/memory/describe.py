@@ -27,7 +27,7 @@ def plan_of(
     rows = [
         _row(joint, at, kept[at], offloaded[at], solution is None)
         for at in range(len(kept))
-        if joint.size[at] > 0 and (kept[at] or offloaded[at] or (again[at] and joint.remade[at] > 0))
+        if joint.size[at] > 0 and (kept[at] or offloaded[at] or (again[at] and joint.made[at] > 0))
     ]
     replay, default = decision.replay, decision.default
     return Plan(

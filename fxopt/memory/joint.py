@@ -17,7 +17,7 @@ from torch import fx
 
 from fxopt import compat
 from fxopt.effects import storage_of
-from fxopt.fake import value_of
+from fxopt.fake import bound_arguments, value_of
 from fxopt.memory.blocks import Blocks
 from fxopt.memory.cost import bytes_of, described, flops_of, seconds_of
 from fxopt.memory.rates import Device
@@ -37,8 +37,7 @@ class Joint:
     """All that a plan depends on. Arrays have an entry for each of `forward`, or for each of `backward`.
 
     size:      bytes of what the node makes; 0 for views, tuples (their parts have them) and what is held in any case.
-    remade:    bytes of it when it is made again; 0 where it is fused into what reads it.
-    written:   bytes of it in the forward if it is not kept; 0 where it is fused.
+    made:      bytes of it where it is not kept, in the forward or made again; 0 where what reads it is fused with it.
     owner:     the forward node whose memory it is a view of, itself for most.
     view:      whether it has no memory of its own.
     block, backward_block: see `blocks`.
@@ -58,8 +57,7 @@ class Joint:
     forward: list[fx.Node]
     backward: list[fx.Node]
     size: Array
-    remade: Array
-    written: Array
+    made: Array
     owner: Array
     view: Array
     block: Array
@@ -87,9 +85,7 @@ class Joint:
     def mask(self, nodes: Sequence[fx.Node]) -> Array:
         """Which of `forward` are among `nodes`, or lie in memory that one of them is a view of."""
         chosen = {node.name for node in nodes}
-        memory = {storage_of(value_of(node)) for node in nodes} - {
-            None
-        }  # torch saves views that the backward makes, too
+        memory = {storage_of(value_of(node)) for node in nodes} - {None}  # of views that the backward makes, too
         mask = np.zeros(len(self.forward), dtype=bool)
         for index, node in enumerate(self.forward):
             if node.name in chosen or (self.owner[index] == index and storage_of(value_of(node)) in memory):
@@ -182,8 +178,7 @@ class _Reader:
             forward=forward,
             backward=self.backward,
             size=size,
-            remade=np.where(fused, 0.0, size),
-            written=np.where(fused, 0.0, size),
+            made=np.where(fused, 0.0, size),
             owner=owner,
             view=view,
             block=np.array([blocks.of[node] for node in forward], dtype=int),
@@ -306,6 +301,4 @@ def _never_again(node: fx.Node) -> bool:
         return False
     if _ATTENTION not in str(node.target):
         return True
-    schema = node.target._schema.arguments  # type: ignore[union-attr]
-    given = dict(zip([one.name for one in schema], node.args, strict=False)) | dict(node.kwargs)
-    return bool(given.get("dropout_p", 0.0))
+    return bool(bound_arguments(node).get("dropout_p", 0.0))

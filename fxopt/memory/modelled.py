@@ -44,7 +44,7 @@ def _forward(joint: Joint, solution: Solution) -> dict[str, Array]:
     kept = _held(count, here, np.full(count, count), joint.size * solution.kept)
     gone = np.searchsorted(joint.block, joint.block + 1, side="right") - 1
     sent = _held(count, here, np.maximum(gone, joint.last_forward), joint.size * solution.offloaded)
-    written = joint.written * (solution.kept | solution.offloaded)
+    written = joint.made * solution.saved
     working = forward_transient(joint) - joint.held_so_far - _held(count, here, joint.last_forward, written)
     return {KEPT: kept, OUTPUTS: joint.held_so_far, WORKING: working + sent}
 
@@ -57,8 +57,8 @@ def _backward(joint: Joint, solution: Solution) -> dict[str, Array]:
     last = np.maximum(lives.end, begins - 1)
     kept = _held(count, np.zeros(len(last), dtype=int), last, joint.size * solution.kept)
     fetched = _held(count, before, last, joint.size * solution.offloaded)
-    again = closure(joint, solution.kept | solution.offloaded)
-    remade = joint.remade * again
+    again = closure(joint, solution.saved)
+    remade = joint.made * again
     made = _held(count, lives.start, lives.end, remade)
     by_block = np.bincount(joint.block, remade, minlength=joint.blocks)
     early = np.concatenate([[0.0], by_block])[joint.backward_block]

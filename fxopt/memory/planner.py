@@ -14,7 +14,7 @@ import numpy as np
 
 from fxopt.memory.joint import Array, Joint
 from fxopt.memory.replay import Replay
-from fxopt.memory.solve import NO_BIAS, Peaks, Solution, modelled, recompute_seconds, solve
+from fxopt.memory.solve import NO_BIAS, Peaks, Program, Solution, recompute_seconds
 
 __all__ = ["Decision", "Infeasible", "decide"]
 
@@ -54,9 +54,10 @@ Trial = Callable[[Solution | None], Replay]
 
 class _Loop:
     def __init__(self, joint: Joint, budget: float, trial: Trial, link: float):
-        self.joint, self.budget, self.trial, self.link = joint, budget, trial, link
+        begin = time.perf_counter()
+        self.joint, self.budget, self.trial, self.program = joint, budget, trial, Program(joint, link)
         self.bias = NO_BIAS
-        self.seconds, self.trials = 0.0, 0
+        self.seconds, self.trials = time.perf_counter() - begin, 0
         self.default: Replay | None = None
         self.tried: list[tuple[Solution, Replay]] = []
 
@@ -66,7 +67,7 @@ class _Loop:
     def run(self, stock: Array) -> Decision:
         """stock: which forward nodes torch keeps."""
         own = Solution(stock, np.zeros_like(stock), optimal=True)
-        if modelled(self.joint, own).peak * UNDER <= self.budget:
+        if self.program.modelled(own).peak * UNDER <= self.budget:
             self.default = self.attempt(None, own)
             if self.default.peak <= self.budget:
                 return self.decision(None, self.default)
@@ -96,7 +97,7 @@ class _Loop:
 
     def solved(self, budget: float | None) -> Solution | None:
         begin = time.perf_counter()
-        solution = solve(self.joint, budget, self.bias, self.link)
+        solution = self.program.solve(budget, self.bias)
         self.seconds += time.perf_counter() - begin
         return solution
 
@@ -108,7 +109,7 @@ class _Loop:
             replay = self.trial(solution)
             if solution is not None:
                 self.tried.append((solution, replay))
-        self.bias = Peaks(*map(float, replay.peaks)) - modelled(self.joint, held, self.link)
+        self.bias = Peaks(*map(float, replay.peaks)) - self.program.modelled(held)
         return replay
 
     def known(self, solution: Solution) -> Replay | None:

@@ -29,6 +29,7 @@ __all__ = [
     "NO_BIAS",
     "Lives",
     "Peaks",
+    "Program",
     "Solution",
     "closure",
     "forward_transient",
@@ -147,11 +148,15 @@ class Lives:
         self.start, self.end = start, end
 
 
-class _Program:
-    """Rows of the program. Columns: kept, again and offloaded of each node, sums of kept by block, the peak."""
+class Program:
+    """Rows of the program. Columns: kept, again and offloaded of each node, sums of kept by block, the peak.
 
-    def __init__(self, joint: Joint, link: float, bias: Peaks):
-        self.joint, self.link, self.bias = joint, link, bias
+    link: bytes a second for offloading, each way; 0 for none. Only bounds depend on what is asked, so one does for a
+    graph.
+    """
+
+    def __init__(self, joint: Joint, link: float = 0.0):
+        self.joint, self.link = joint, link
         self.times = Lives(joint)
         count = len(joint.forward)
         self.again, self.offload, self.sums = count, 2 * count, 3 * count
@@ -159,7 +164,7 @@ class _Program:
         self.columns = self.peak + 1
         self.rows, self.cols, self.values = list[int](), list[int](), list[float]()
         self.low, self.high = list[float](), list[float]()
-        self.size, self.remade = joint.size / MIB, joint.remade / MIB
+        self.size, self.made = joint.size / MIB, joint.made / MIB
         self.members = [np.flatnonzero(joint.block == block) for block in range(joint.blocks)]
         self.may_offload = offloadable(joint) if link else np.zeros(count, dtype=bool)
         self.stage = read_from(joint)
@@ -170,6 +175,41 @@ class _Program:
         self._forward_peaks()
         if link:
             self._link_windows()
+        shape = (len(self.low), self.columns)
+        self.matrix = coo_matrix((self.values, (self.rows, self.cols)), shape=shape).tocsr()
+
+    def solve(self, budget: float | None, bias: Peaks = NO_BIAS, seconds: float = SECONDS) -> Solution | None:
+        """The cheapest plan whose peak is at most `budget` bytes; None: there is none.
+
+        budget: None asks for the lowest peak. bias: bytes by which the measured peaks exceed the modelled ones.
+        """
+        costs = _lowest_peak(self) if budget is None else _costs(self)
+        found = _run(self, costs, budget, bias, seconds, whole=True)
+        if found.x is None and found.status == 2:  # infeasible
+            return None
+        optimal = found.x is not None
+        if not optimal and (found := _run(self, costs, budget, bias, seconds, whole=False)).x is None:
+            return None
+        kept, offloaded = found.x[: self.again] > 0.5, found.x[self.offload : self.sums] > 0.5
+        return Solution(repaired(self.joint, kept | offloaded) & ~offloaded, offloaded, optimal)
+
+    def modelled(self, solution: Solution) -> Peaks:
+        """The peaks of `solution` as the program has them."""
+        columns = np.zeros(self.columns)
+        columns[: self.again], columns[self.offload : self.sums] = solution.kept, solution.offloaded
+        columns[self.again : self.offload] = closure(self.joint, solution.saved)
+        kept = np.bincount(self.joint.block, self.size * solution.kept, minlength=self.joint.blocks)
+        columns[self.sums : self.peak] = np.cumsum(kept)
+        sums = self.matrix @ columns - np.array(self.high)
+        forward, backward = (sums[rows].max(initial=0.0) for rows in (self.forward_rows, self.backward_rows))
+        return Peaks(MIB * float(forward), MIB * float(backward))
+
+    def high_with(self, bias: Peaks) -> Array:
+        """The upper bounds of the rows, where measured peaks exceed the modelled ones by `bias`."""
+        high = np.array(self.high)
+        high[self.forward_rows] -= bias.forward / MIB
+        high[self.backward_rows] -= bias.backward / MIB
+        return high
 
     def row(self, columns: Any, values: Any, low: float, high: float) -> None:
         self.rows.extend([len(self.low)] * len(columns))
@@ -209,15 +249,15 @@ class _Program:
             heavy = sorted((at for at in joint.heavy if joint.backward_block[at] == block), key=lambda at: -fixed[at])
             for at in sorted({*heavy[:POSITIONS], int(inside[0])}):
                 alive = members[(end[members] >= at) & (self.size[members] > 0)]
-                made = members[(self.remade[members] > 0) & (start[members] <= at) & (at <= end[members])]
-                columns, values = [*alive, *(self.again + made)], [*self.size[alive], *self.remade[made]]
+                made = members[(self.made[members] > 0) & (start[members] <= at) & (at <= end[members])]
+                columns, values = [*alive, *(self.again + made)], [*self.size[alive], *self.made[made]]
                 loaded = np.flatnonzero(self.may_offload & (self.stage >= block - 1) & (end >= at))
                 if block:
                     columns.append(self.sums + block - 1)
                     values.append(1)
                 columns.extend(self.offload + loaded)
                 values.extend(self.size[loaded])
-                self.peak_row(self.backward_rows, columns, values, fixed[at] + joint.held + self.bias.backward)
+                self.peak_row(self.backward_rows, columns, values, fixed[at] + joint.held)
 
     def _forward_peaks(self) -> None:
         """What is still read is alive however it is decided; what is not is if it is kept."""
@@ -230,7 +270,7 @@ class _Program:
             tops = sorted(members, key=lambda at: -fixed[at])[: POSITIONS // 2]
             for at in sorted({*map(int, tops), int(members[-1])}):
                 done = members[(members <= at) & (self.size[members] > 0)]
-                extra = np.where(until[done] < at, self.size[done], self.size[done] - joint.written[done] / MIB)
+                extra = np.where(until[done] < at, self.size[done], self.size[done] - joint.made[done] / MIB)
                 columns, values = [*done], [*extra]
                 if block:
                     columns.append(self.sums + block - 1)
@@ -241,7 +281,7 @@ class _Program:
                 own = done[self.may_offload[done]]
                 columns.extend(self.offload + own)
                 values.extend(self.size[own])
-                self.peak_row(self.forward_rows, columns, values, fixed[at] + self.bias.forward)
+                self.peak_row(self.forward_rows, columns, values, fixed[at])
 
     def _link_windows(self) -> None:
         """What a block sends must be gone, and what it gets back be there, in the time of the block that runs beside.
@@ -262,8 +302,8 @@ def forward_transient(joint: Joint) -> Array:
     """Bytes at each forward position that are alive for the forward itself, with what the caller will hold so far."""
     change = np.zeros(len(joint.forward) + 1)
     for at, until in enumerate(joint.last_forward):
-        change[at] += joint.written[at]
-        change[until + 1] -= joint.written[at]
+        change[at] += joint.made[at]
+        change[until + 1] -= joint.made[at]
     return np.cumsum(change)[:-1] + joint.held_so_far + joint.running
 
 
@@ -275,20 +315,10 @@ def solve(
     budget: None asks for the lowest peak. bias: bytes by which the measured peaks exceed the modelled ones.
     link: bytes a second for offloading, each way; 0 for none.
     """
-    program = _Program(joint, link, bias)
-    costs = _lowest_peak(program) if budget is None else _costs(program)
-    found = _run(program, costs, budget, seconds, whole=True)
-    if found.x is None and found.status == 2:  # infeasible
-        return None
-    optimal = found.x is not None
-    if not optimal and (found := _run(program, costs, budget, seconds, whole=False)).x is None:
-        return None
-    count = len(joint.forward)
-    kept, offloaded = found.x[:count] > 0.5, found.x[2 * count : 3 * count] > 0.5
-    return Solution(repaired(joint, kept | offloaded) & ~offloaded, offloaded, optimal)
+    return Program(joint, link).solve(budget, bias, seconds)
 
 
-def _costs(program: _Program) -> Array:
+def _costs(program: Program) -> Array:
     """Seconds, scaled: the solver's tolerances are absolute."""
     joint, costs = program.joint, np.zeros(program.columns)
     count = len(joint.forward)
@@ -298,14 +328,14 @@ def _costs(program: _Program) -> Array:
     return 1e3 * costs / max(joint.seconds.sum(), 1e-12)
 
 
-def _lowest_peak(program: _Program) -> Array:
+def _lowest_peak(program: Program) -> Array:
     """The peak, and by very little the costs, so that of plans with the same peak it is the cheapest."""
     costs = 1e-6 * _costs(program)
     costs[program.peak] = 1.0
     return costs
 
 
-def _run(program: _Program, costs: Array, budget: float | None, seconds: float, whole: bool) -> Any:
+def _run(program: Program, costs: Array, budget: float | None, bias: Peaks, seconds: float, whole: bool) -> Any:
     joint, count = program.joint, len(program.joint.forward)
     high = np.ones(program.columns)
     high[program.sums :] = np.inf
@@ -320,11 +350,9 @@ def _run(program: _Program, costs: Array, budget: float | None, seconds: float, 
         whole_numbers[:count] = ~joint.view
         whole_numbers[program.again : program.again + count] = joint.seconds > 0
         whole_numbers[program.offload : program.offload + count] = program.may_offload
-    shape = (len(program.low), program.columns)
-    matrix = coo_matrix((program.values, (program.rows, program.cols)), shape=shape).tocsr()
     return milp(
         costs,
-        constraints=LinearConstraint(matrix, program.low, program.high),
+        constraints=LinearConstraint(program.matrix, program.low, program.high_with(bias)),
         bounds=Bounds(np.zeros(program.columns), high),
         integrality=whole_numbers,
         options={"mip_rel_gap": GAP, "time_limit": seconds},
@@ -340,16 +368,4 @@ def _reader_is_elsewhere(joint: Joint, at: int) -> bool:
 
 def modelled(joint: Joint, solution: Solution, link: float = 0.0) -> Peaks:
     """The peaks of `solution` as the program has them."""
-    program = _Program(joint, link, NO_BIAS)
-    count = len(joint.forward)
-    columns = np.zeros(program.columns)
-    columns[:count], columns[2 * count : 3 * count] = solution.kept, solution.offloaded
-    columns[count : 2 * count] = closure(joint, solution.kept | solution.offloaded)
-    for block, members in enumerate(program.members):
-        own = float((program.size[members] * solution.kept[members]).sum())
-        columns[program.sums + block] = own + (columns[program.sums + block - 1] if block else 0.0)
-    matrix = coo_matrix((program.values, (program.rows, program.cols)), shape=(len(program.low), program.columns))
-    sums = matrix.tocsr() @ columns - np.array(program.high)
-    forward = max((sums[at] for at in program.forward_rows), default=0.0)
-    backward = max((sums[at] for at in program.backward_rows), default=0.0)
-    return Peaks(MIB * forward, MIB * backward)
+    return Program(joint, link).modelled(solution)

@@ -53,9 +53,7 @@ class Pool:
             self._most = max(self._most, self._lent())
         # torch holds this very array for as long as a tensor over it lives, and the array can be watched.
         lent = buffer.memory.numpy()[:size]
-        watch = weakref.finalize(
-            lent, self._returned.append, buffer
-        )  # without a lock: it runs wherever the last one dies
+        watch = weakref.finalize(lent, self._returned.append, buffer)  # no lock: it runs wherever the last one dies
         watch.atexit = False
         return torch.from_numpy(lent), buffer
 
