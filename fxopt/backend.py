@@ -278,9 +278,16 @@ def explain(
         found.graphs.append(graph)
         return gm.forward
 
+    call_once(model, args, kwargs, backend)
+    return found
+
+
+def call_once(
+    model: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], backend: Callable[..., Any]
+) -> None:
+    """Call `model` under `backend`, and leave nothing compiled behind."""
     torch.compiler.reset()
     try:
         torch.compile(model, backend=backend)(*args, **kwargs)
     finally:
         torch.compiler.reset()
-    return found

@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from fxopt import compat
-from fxopt.backend import chooser_for, name_of, run
+from fxopt.backend import call_once, chooser_for, name_of, run
 from fxopt.fake import value_of
 from fxopt.memory.modelled import modelled_step
 from fxopt.memory.plan import Plan
@@ -83,11 +83,7 @@ def outlook(
             raise seeing.error
         return gm.forward
 
-    torch.compiler.reset()
-    try:
-        torch.compile(model, backend=backend)(*args, **kwargs)
-    finally:
-        torch.compiler.reset()
+    call_once(model, args, kwargs, backend)
     return found
 
 
