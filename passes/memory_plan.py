@@ -67,8 +67,8 @@ class Planning:
     without a backward.
     """
 
-    def __init__(self, key: str, request: Request, device: torch.device, step: Step):
-        self.key, self.request, self.device, self.step = key, request, device, step
+    def __init__(self, key: str, request: Request, budget: int, device: torch.device, step: Step):
+        self.key, self.request, self.budget, self.device, self.step = key, request, budget, device, step
         self.remembered = _recall(key)
         self.plan = self.remembered.plan if self.remembered is not None else None
         self.error: Exception | None = None
@@ -88,8 +88,7 @@ class Planning:
         cut = Cut(gm, inputs, how, self.device, device_of(self.device))
         if self.remembered is not None and self.remembered.fits(cut.joint):
             return cut.by(self.remembered.saved)
-        budget = self.request.budget.on(self.device, cut.known)
-        self.plan, saved = planned(cut, self.request, budget, self.step)
+        self.plan, saved = planned(cut, self.request, self.budget, self.step)
         _remember(self.key, _Remembered(self.made, self.plan, saved))
         return cut.by(saved)
 
@@ -229,8 +228,9 @@ def _recall(key: str) -> _Remembered | None:
         return None
 
 
-def _key(gm: fx.GraphModule, request: Request, device: torch.device, step: Step, options: str) -> str:
-    parts = [VERSION, torch.__version__, repr(request), repr(device_of(device)), repr(step), options]
+def _key(gm: fx.GraphModule, request: Request, budget: int, device: torch.device, step: Step, options: str) -> str:
+    """budget: in bytes, since what "auto" comes to is another amount every time."""
+    parts = [VERSION, torch.__version__, repr(request), repr(budget), repr(device_of(device)), repr(step), options]
     parts.append(f"CUDA graphs {compat.records_cuda_graphs()}")
     for module in gm.modules():
         if isinstance(module, fx.GraphModule):
@@ -255,9 +255,9 @@ def planning(gm: fx.GraphModule, request: Request, options: str, name: str = "gr
     planning raises is raised as it is, BudgetError among it.
     """
     device = _device_of(gm)
-    request.budget.on(device, device_of(device))  # a mistake is an error before anything is traced
+    budget = request.budget.on(device, device_of(device))  # a mistake is an error before anything is traced
     step = Step(earlier_pieces(), compat.ends_in_break(gm))
-    found = Planning(_key(gm, request, device, step, options), request, device, step)
+    found = Planning(_key(gm, request, budget, device, step, options), request, budget, device, step)
     _OPEN[found.partitioner.name] = found
     try:
         yield found
@@ -272,7 +272,7 @@ def planning(gm: fx.GraphModule, request: Request, options: str, name: str = "gr
 
 
 def _device_of(gm: fx.GraphModule) -> torch.device:
-    """Of the largest input."""
+    """Of the input with the most dimensions: single numbers may lie on a CPU."""
     tensors = [value_of(node) for node in gm.graph.find_nodes(op="placeholder")]
     known = [one for one in tensors if isinstance(one, torch.Tensor)]
     return max(known, key=lambda one: one.dim()).device if known else torch.device("cpu")

@@ -119,3 +119,12 @@ def test_what_a_process_holds_adds_up() -> None:
     assert optimizer_bytes(2.5, inputs) == 2500
     found = resident_bytes(inputs, 8000, True, CPU)
     assert found == {"parameters": 4500, "optimizer": 8000, "accumulated gradients": 4000, "batch": 64}
+
+
+def test_a_plan_is_remembered_by_the_bytes_that_auto_came_to() -> None:
+    from fxopt.memory.steps import ALONE
+    from fxopt.passes.memory_plan import _key
+
+    gm = torch.fx.symbolic_trace(torch.nn.Linear(2, 2))
+    keys = [_key(gm, Request(Budget()), free, CPU_DEVICE, ALONE, "") for free in (2**30, 2**31, 2**30)]
+    assert keys[0] == keys[2] != keys[1]
