@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Literal
 
 from fxopt.errors import ReportError
+from fxopt.memory.units import mib
 from fxopt.report import Report
 from fxopt.rule import Refusal, Rewrite
 
@@ -215,11 +216,6 @@ def _grown(before: int, after: int, tolerance: float) -> Verdict:
     if after > before * (1 + tolerance):
         return "worse"
     return "better" if after < before * (1 - tolerance) else "changed"
-
-
-def mib(size: int) -> str:
-    """Bytes in words."""
-    return f"{size / 2**20:,.1f} MiB"
 
 
 def worse(differences: Iterable[Difference]) -> list[Difference]:

@@ -30,6 +30,7 @@ from fxopt.kernels.farm import compile_all
 from fxopt.kernels.interpreter import interpreting
 from fxopt.kernels.offline import Job, Resources
 from fxopt.kernels.source import cache_directory
+from fxopt.memory.units import mib
 from fxopt.version import versions
 
 __all__ = ["Finding", "add_to", "findings"]
@@ -154,7 +155,7 @@ def _caches() -> Iterator[Finding]:
     places = {"fxopt": cache_directory(), "Inductor": Path(compat.inductor_cache_directory()), "Triton": Path(triton)}
     for name, path in places.items():
         sizes = [one.stat().st_size for one in _files(path)]
-        held = f"{len(sizes):,} files, {sum(sizes) / 2**20:,.1f} MiB" if sizes else "empty"
+        held = f"{len(sizes):,} files, {mib(sum(sizes))}" if sizes else "empty"
         writable = os.access(_existing(path), os.W_OK)
         says = f"{path}: {held}" + ("" if writable else "; not writable")
         yield Finding("caches", name, "ok" if writable else "broken", says)

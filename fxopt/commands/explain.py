@@ -11,6 +11,7 @@ from fxopt.backend import explain
 from fxopt.commands import UsageError, console, models, options
 from fxopt.commands.diff import read
 from fxopt.errors import OptionError
+from fxopt.memory.units import mib
 from fxopt.report import Report
 
 __all__ = ["add_to", "failure", "said"]
@@ -58,7 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
         console().print(report)
     if arguments.html:
         path = report.to_html(arguments.html, redact=arguments.redact)
-        print(f"wrote {path}, {path.stat().st_size / 2**20:.1f} MiB", file=sys.stderr)
+        print(f"wrote {path}, {mib(path.stat().st_size)}", file=sys.stderr)
     return 0
 
 

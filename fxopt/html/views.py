@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fxopt.comparison import mib
+from fxopt.memory.units import mib
 from fxopt.report import GraphReport, Report
 from fxopt.rule import Refusal, Rewrite
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-__all__ = ["UNITS", "parse_bytes", "show_bytes"]
+__all__ = ["UNITS", "mib", "parse_bytes", "show_bytes"]
 
 UNITS = {
     "": 1,
@@ -21,6 +21,11 @@ def parse_bytes(text: str) -> int:
     if found is None or found[2].lower() not in units:
         raise ValueError(f'{text!r} is no number of bytes: write "12GiB", "800MiB" or "12GB".')
     return int(float(found[1]) * units[found[2].lower()])
+
+
+def mib(count: float) -> str:
+    """`count` in MiB whatever its size, to be read beside others: "1,204.5 MiB"."""
+    return f"{count / 2**20:,.1f} MiB"
 
 
 def show_bytes(count: float) -> str:
