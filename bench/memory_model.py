@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from measure import begin, write_json
+from rich.console import Console
 
 from fxopt.commands import models
 from fxopt.memory.joint import Array, Joint, read
@@ -67,9 +69,9 @@ def measured(cut: Timed) -> dict[str, Any]:
     nothing = np.zeros_like(cut.stock)
     full = checkpointed(joint)
     peak = modelled(joint, Solution(full, nothing, optimal=True)).peak
-    begin = time.process_time()
+    before = time.process_time()
     plan = solve(joint, peak)
-    solving = time.process_time() - begin
+    solving = time.process_time() - before
     assert plan is not None, "full checkpointing is itself a plan"
     lowest = solve(joint, None)
     assert lowest is not None
@@ -111,12 +113,11 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="PATH")
     parser.add_argument("--layers", type=int, default=32)
     arguments = parser.parse_args()
+    machine = begin(Console())
     found = run(SHAPE.format(layers=arguments.layers))
-    text = json.dumps(found, indent=1)
-    print(text)
+    print(json.dumps(found, indent=1))
     if arguments.json is not None:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(text + "\n")
+        write_json(arguments.json, machine, found)
 
 
 if __name__ == "__main__":

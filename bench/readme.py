@@ -222,7 +222,25 @@ def plan_times(times: dict[str, Any]) -> list[str]:
     return lines
 
 
-PAGES = {"README.md": measured_text, "docs/precision.md": precision_text, "docs/memory.md": memory_text}
+def model_text() -> str:
+    """Return what stands between the markers of docs/plan.md."""
+    result = load("memory_model")
+    nodes, seconds, shares = result["nodes"], result["seconds"]["both"], result["recomputed_flops_share"]
+    peak = result["peak_mib"]["full checkpointing"] / 1024
+    return (
+        f"`bench/memory_model.py` (2 x 4096 tokens, bf16, 32 layers), on {machine_line(result['machine'])}: reading "
+        f"{nodes['forward']:,} forward and {nodes['backward']:,} backward nodes and solving takes {seconds:.1f} s of CPU "
+        f"time. At the modelled peak of full checkpointing, {peak:.1f} GiB without parameters, the plan makes "
+        f"{shares['plan']:.1%} of the step's flops again, against {shares['full checkpointing']:.1%}."
+    )
+
+
+PAGES = {
+    "README.md": measured_text,
+    "docs/precision.md": precision_text,
+    "docs/memory.md": memory_text,
+    "docs/plan.md": model_text,
+}
 
 
 def replaced(readme: str, text: str) -> str:

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from planned import TOKENS, WIDTH, Model, Planned, request
 from torch import nn
 
-from fxopt import compat
 from fxopt.errors import BudgetError, OptionError
 from fxopt.memory.plan import KEPT, RECOMPUTED
 
@@ -207,8 +206,14 @@ def test_a_graph_that_is_retained_can_be_run_again(monkeypatch: pytest.MonkeyPat
     assert all(torch.equal(a, b.grad) for a, b in zip(first, of.parameters(), strict=True) if b.grad is not None)
 
 
+def test_double_backward_is_refused_as_it_is_without_a_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    of, x = model(), batch().requires_grad_()
+    (gradient,) = torch.autograd.grad(Planned(of, request("1GiB"), monkeypatch)(x), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="double backward"):
+        gradient.sum().backward()
+
+
 def test_a_percentage_of_a_cpu_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     of = model()
     with pytest.raises(OptionError, match="12GiB"):
         Planned(of, request("80%"), monkeypatch)(batch())
-    assert compat.DYNAMO_CONTROL
