@@ -229,8 +229,8 @@ def model_text() -> str:
     peak = result["peak_mib"]["full checkpointing"] / 1024
     return (
         f"`bench/memory_model.py` (2 x 4096 tokens, bf16, 32 layers), on {machine_line(result['machine'])}: reading "
-        f"{nodes['forward']:,} forward and {nodes['backward']:,} backward nodes and solving takes {seconds:.1f} s of CPU "
-        f"time. At the modelled peak of full checkpointing, {peak:.1f} GiB without parameters, the plan makes "
+        f"{nodes['forward']:,} forward and {nodes['backward']:,} backward nodes and solving takes {seconds:.1f} s "
+        f"of CPU time. At the modelled peak of full checkpointing, {peak:.1f} GiB without parameters, the plan makes "
         f"{shares['plan']:.1%} of the step's flops again, against {shares['full checkpointing']:.1%}."
     )
 
