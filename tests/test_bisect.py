@@ -1,6 +1,7 @@
 """`fxopt bisect`: the search, the limits that it sets, and seeded faults that it must name."""
 
 import dataclasses
+import functools
 import inspect
 import json
 import subprocess
@@ -14,6 +15,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from inspected import Gated, make
+from seeded_bugs import BUGS, Bug
 from torch import Tensor, nn
 
 import fxopt
@@ -129,8 +131,10 @@ SEEDED: dict[str, Any] = {
 }
 
 
-def run_here(monkeypatch: pytest.MonkeyPatch, folder: Path, **options: Any) -> Callable[..., Trial]:
-    """What a trial of `fxopt bisect` does, in this process."""
+def run_here(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, judge: Callable[..., None] | None = None, **options: Any
+) -> Callable[..., Trial]:
+    """What a trial of `fxopt bisect` does, in this process. judge: raises where a step under options is wrong."""
 
     def attempt(steps: int | None, keep: Path | None = None) -> Trial:
         log = folder / "log"
@@ -139,10 +143,10 @@ def run_here(monkeypatch: pytest.MonkeyPatch, folder: Path, **options: Any) -> C
         limit.__globals__["_parsed"].cache_clear()  # it counts
         torch.compiler.reset()
         try:
-            found = errors(*make(), options=options)
+            (judge or (lambda options: errors(*make(), options=options).check()))(options)
         except Exception as error:
             return Trial(True, read_log(log), str(error))
-        return Trial(not found.ok, read_log(log), str(found))
+        return Trial(False, read_log(log))
 
     return attempt
 
@@ -169,6 +173,60 @@ def test_seeded_rules_are_named_and_shown(fault: str, monkeypatch: pytest.Monkey
     assert f"made by rule {rule.name}" in repro
     with pytest.raises(AssertionError, match=r"against fp64|appears"):
         exec(compile(repro, SITE, "exec"), {"__name__": "__main__"})
+
+
+class Meeting(nn.Module):
+    """What meets a bug, as a training step; without inputs, since its arguments are parameters or buffers."""
+
+    def __init__(self, bug: Bug):
+        super().__init__()
+        self.function, self.names = bug.function, list[str]()
+        for at, value in enumerate(bug.arguments()):
+            self.names.append(f"argument_{at}")
+            held = nn.Parameter(value.detach()) if value.is_floating_point() else value
+            (self.register_parameter if value.is_floating_point() else self.register_buffer)(self.names[-1], held)
+
+    def forward(self) -> Tensor:
+        found = self.function(*(getattr(self, name) for name in self.names))
+        return sum(one.square().mean() for one in (found if isinstance(found, tuple) else (found,)))
+
+
+def is_near(bug: Bug, options: dict[str, Any]) -> None:
+    """The fp64 rule. Raises AssertionError."""
+    errors(Meeting(bug), {}, options=options).check()
+
+
+def has_own_gradient(bug: Bug, options: dict[str, Any]) -> None:
+    """A seed repeats, and the gradient is that of what was drawn. Raises AssertionError. See `laws.own_gradient`."""
+    model = Meeting(bug).double()
+    along = [torch.randn(one.shape, generator=torch.Generator().manual_seed(0)).double() for one in model.parameters()]
+    compiled = torch.compile(model, backend="fxopt", options=options)
+
+    def seeded(by: float) -> Tensor:
+        with torch.no_grad():
+            for one, direction in zip(model.parameters(), along, strict=True):
+                one.add_(direction, alpha=by)
+        torch.manual_seed(0)
+        return compiled()
+
+    assert torch.equal(seeded(0.0), seeded(0.0)), "it does not repeat under a seed"
+    seeded(0.0).backward()
+    analytic = sum(float((one.grad * way).sum()) for one, way in zip(model.parameters(), along, strict=True))
+    numeric = (seeded(1e-6) - seeded(-2e-6)).item() / 2e-6
+    assert abs(numeric - analytic) <= 1e-3 * abs(analytic), f"the loss changes by {numeric}, gradients say {analytic}"
+
+
+@pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.name)
+def test_seeded_bugs_are_named(bug: Bug, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Without verification of values, which would leave the site alone before anyone could be wrong."""
+    judge = functools.partial(has_own_gradient if "dropout" in bug.name else is_near, bug)
+    attempt = run_here(monkeypatch, tmp_path, judge, **{**bug.options(), "verify": False})
+    full = attempt(None)
+    assert full.failed
+    assert not attempt(0).failed, "the fault is the judge's"
+    culprit = first_bad(attempt, full)
+    assert (culprit.step.stage, culprit.step.rule) == ("rewrite", bug.rule.name)
+    assert culprit.step.node
 
 
 def test_a_rule_that_fails_before_it_has_a_site_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
