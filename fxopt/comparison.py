@@ -201,14 +201,19 @@ def _kernels(before: Report, after: Report, tolerance: float) -> Iterator[Differ
             yield from _resources(f"{key} on {card}", was[card], now[card], tolerance)
 
 
-def _kernels_of(report: Report) -> dict[str, Mapping[str, Mapping[str, int]]]:
-    return {f"{item.kernel} of {item.site}": getattr(item, "resources", {}) for item in report.kernels}
+def _kernels_of(report: Report) -> dict[str, dict[str, Mapping[str, int]]]:
+    """Resources by card of each kernel of a site; a card may have a text of its own of the same kernel."""
+    found: dict[str, dict[str, Mapping[str, int]]] = collections.defaultdict(dict)
+    for item in report.kernels:
+        found[f"{item.kernel} of {item.site}"] |= item.resources
+    return found
 
 
 def _resources(what: str, was: Mapping[str, int], now: Mapping[str, int], tolerance: float) -> Iterator[Difference]:
     for name in was:
         if was[name] != now.get(name, was[name]):
-            verdict = _grown(was[name], now[name], tolerance)
+            fits: Verdict = "better" if now[name] else "worse"
+            verdict = fits if name == "fits" else _grown(was[name], now[name], tolerance)
             yield Difference("kernel", f"{what}: {name.replace('_', ' ')}", str(was[name]), str(now[name]), verdict)
 
 

@@ -7,8 +7,10 @@ nothing of that; here a copy of it does.
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import operator
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,7 +19,11 @@ from typing import Any
 from torch import fx
 
 from fxopt.fake import arguments, value_of
+from fxopt.kernels.cards import Card, as_if_on
+from fxopt.kernels.farm import Outcome, compile_shown
+from fxopt.kernels.offline import Job, Resources
 from fxopt.kernels.source import Kernel, write_whole
+from fxopt.ops.launch import Launch
 from fxopt.ops.launched import kernels_of
 from fxopt.report import SiteKernel
 from fxopt.rewrite import submodules
@@ -38,34 +44,64 @@ class Use:
     origins: Mapping[Term, Place]
 
 
-def write(gm: fx.GraphModule, directory: Path) -> list[SiteKernel]:
+@dataclasses.dataclass
+class Used:
+    """A kernel's uses, and on which cards, of those asked about, it is launched how."""
+
+    uses: list[Use] = dataclasses.field(default_factory=list)
+    launches: dict[Card, Launch] = dataclasses.field(default_factory=dict)
+
+
+def write(gm: fx.GraphModule, directory: Path, cards: Sequence[Card] = ()) -> tuple[list[SiteKernel], list[str]]:
     """Write each kernel that the sites of `gm`, whose nodes carry fake values, launch; nothing where there is none.
 
-    One file a kernel, whatever the number of its sites. Raises OSError, and what an operator raises on fake tensors.
+    One file a kernel, whatever the number of its sites. cards: also those that the sites would launch there, compiled
+    for them, at 0.2 to 20 s a kernel that was not compiled before. Returns the kernels of each site, and a sentence for
+    each kernel that does not compile. Raises OSError, and what an operator raises on fake tensors.
     """
-    found = []
-    for kernel, uses in _uses(gm).items():
+    found, faults = list[SiteKernel](), list[str]()
+    kernels = _used(gm, cards)
+    jobs = {
+        (kernel, card): Job(kernel, launch.config, card, launch.aligned)
+        for kernel, used in kernels.items()
+        for card, launch in used.launches.items()
+    }
+    compiled = compile_shown(list(jobs.values()), len(os.sched_getaffinity(0)))
+    for kernel, used in kernels.items():
         path = directory / kernel.path.name
-        write_whole(path, annotated(kernel, uses))
-        found += [SiteKernel(use.site, kernel.name, path) for use in uses]
+        write_whole(path, annotated(kernel, used.uses))
+        outcomes = {card.name: compiled[jobs[kernel, card]] for card in used.launches}
+        faults += [f"{kernel.name} for {on}: {one}" for on, one in outcomes.items() if isinstance(one, str)]
+        found += [SiteKernel(use.site, kernel.name, path, _resources(outcomes)) for use in used.uses]
+    return found, faults
+
+
+def _resources(outcomes: Mapping[str, Outcome]) -> dict[str, dict[str, int]]:
+    return {card: dataclasses.asdict(one) for card, one in outcomes.items() if isinstance(one, Resources)}
+
+
+def _used(gm: fx.GraphModule, cards: Sequence[Card]) -> dict[Kernel, Used]:
+    """By kernel: those that are launched where the tensors of `gm` are, and those of `cards`."""
+    found: dict[Kernel, Used] = collections.defaultdict(Used)
+    for node in [node for module in submodules(gm) for node in module.graph.nodes]:
+        if "sites" not in node.meta or getattr(node.target, "namespace", "") != "fxopt":
+            continue
+        origins = node.meta.get("origins", {})
+        uses = [Use(node.meta["rule"], name, place, origins) for name, place in node.meta["sites"]]
+        kernels: dict[Kernel, None] = {}
+        for card in (None, *cards):
+            with contextlib.nullcontext() if card is None else as_if_on(card):
+                launches = _kernels_of(node)
+            kernels |= dict.fromkeys(launches)
+            if card is not None:
+                for kernel, launch in launches.items():
+                    found[kernel].launches.setdefault(card, launch)
+        for kernel in kernels:
+            found[kernel].uses += uses
     return found
 
 
-def _uses(gm: fx.GraphModule) -> dict[Kernel, list[Use]]:
-    found: dict[Kernel, list[Use]] = collections.defaultdict(list)
-    for module in submodules(gm):
-        for node in module.graph.nodes:
-            if "sites" in node.meta and getattr(node.target, "namespace", "") == "fxopt":
-                uses = [
-                    Use(node.meta["rule"], name, place, node.meta.get("origins", {}))
-                    for name, place in node.meta["sites"]
-                ]
-                for kernel in _kernels_of(node):
-                    found[kernel] += uses
-    return found
-
-
-def _kernels_of(node: fx.Node) -> tuple[Kernel, ...]:
+def _kernels_of(node: fx.Node) -> dict[Kernel, Launch]:
     args, kwargs = fx.map_arg((node.args, node.kwargs), value_of)
     read = {arguments(user)[1] for user in node.users if user.target is operator.getitem}
     return kernels_of(node.target, args, kwargs, read)

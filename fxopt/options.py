@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 
 from fxopt import compat
 from fxopt.errors import OptionError, nearest
+from fxopt.kernels.cards import TARGETS, Card
 from fxopt.kernels.interpreter import interpreting
 from fxopt.memory.request import (
     Budget,
@@ -42,6 +43,8 @@ class Options:
     verify:   also compare every rewritten graph with the original in fp64, on the first inputs.
     dump:     directory for one runnable Python file a stage, and for each generated kernel, with the line of the model
               that its statements come from; ``FXOPT_DUMP`` sets the default.
+    cards:    architectures ("sm_86") for which a dump compiles the kernels of the sites, without the card and once a
+              machine, to say in the report what registers and memory each takes; on a CPU those that a card would run.
     kernels:  how fxopt's operators are computed: "auto" by generated Triton kernels on CUDA and by ATen elsewhere,
               "aten" by ATen everywhere, "interpret" by the Triton kernels under Triton's interpreter, on a CPU and very
               slowly (``TRITON_INTERPRET=1`` must be set before Python starts).
@@ -69,6 +72,7 @@ class Options:
     force: tuple[str, ...] = ()
     verify: bool = False
     dump: Path | None = None
+    cards: tuple[Card, ...] = ()
     kernels: Lowering = "auto"
     precision: Policy | None = None
     choose: Choosing = "measure"
@@ -93,6 +97,8 @@ class Options:
             values["dump"] = os.environ["FXOPT_DUMP"]
         found: dict[str, Any] = {key: _PARSERS[key](values[key]) for key in names if key in values}
         parsed = cls(**found)
+        if parsed.cards and parsed.dump is None:
+            raise OptionError("option cards is for the kernels of a dump: set dump to a directory, too.")
         known = [rule.name for rule in parsed.active_rules()]
         for name in parsed.force:
             if name not in known:
@@ -187,6 +193,15 @@ def _dump(value: Any) -> Path | None:
     return path
 
 
+def _cards(value: Any) -> tuple[Card, ...]:
+    if interpreting():
+        raise OptionError(
+            "option cards compiles kernels, and TRITON_INTERPRET=1 is set: unset it before Python starts."
+        )
+    known = {card.name: card for card in TARGETS}
+    return tuple(known[_one_of("cards", list(known), name)] for name in dict.fromkeys(_sequence("cards", value)))
+
+
 def _inductor(value: Any) -> tuple[tuple[str, Any], ...]:
     if not isinstance(value, Mapping):
         raise OptionError(f"option inductor={value!r} must be a dict of torch._inductor.config entries.")
@@ -203,6 +218,7 @@ _PARSERS = {
     "force": _force,
     "verify": _bool,
     "dump": _dump,
+    "cards": _cards,
     "kernels": _kernels,
     "precision": Policy.parse,
     "choose": _choose,

@@ -7,6 +7,7 @@ import dataclasses
 import io
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +30,13 @@ class SiteKernel:
     """A generated kernel that a rewritten site launches, forward or backward.
 
     site: `Rewrite.node` of the site. kernel: the kernel's name. path: its source, for reading, in the dump directory.
+    resources: by card, of those named by ``options={"cards": ...}`` that it is launched on, `offline.Resources`.
     """
 
     site: str
     kernel: str
     path: Path
+    resources: Mapping[str, Mapping[str, int]] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,7 +195,9 @@ def _tables(graph: GraphReport) -> Any:
         table = Table("rule", "where", "what", title="rewritten", title_justify="left", box=None, pad_edge=False)
         for done in graph.rewrites:
             choice = f"\n{done.choice}" if done.choice is not None else ""
-            table.add_row(done.rule, str(done.place), f"{done.nodes} nodes: {done.detail}{choice}")
+            table.add_row(
+                done.rule, str(done.place), f"{done.nodes} node{'s' * (done.nodes != 1)}: {done.detail}{choice}"
+            )
         yield table
     if graph.refusals:
         table = Table("rule", "where", "why", title="left alone", title_justify="left", box=None, pad_edge=False)
@@ -202,6 +207,8 @@ def _tables(graph: GraphReport) -> Any:
         yield table
     if graph.casts:
         yield _table_of_casts(graph.casts)
+    if any(item.resources for item in graph.kernels):
+        yield _table_of_kernels(graph.kernels)
     if graph.plan is not None:
         yield Text(f"memory: {graph.plan.summary}")
         yield _table_of_memory(graph.plan)
@@ -225,6 +232,19 @@ def _table_of_casts(casts: list[Cast]) -> Table:
     table = Table("from", "to", "casts", "MiB", "why", title="casts", title_justify="left", box=None, pad_edge=False)
     for (before, after, reason), group in groups.items():
         table.add_row(before, after, str(len(group)), f"{sum(cast.bytes for cast in group) / 2**20:.1f}", reason)
+    return table
+
+
+def _table_of_kernels(kernels: list[SiteKernel]) -> Table:
+    head = ("kernel", "card", "registers", "spills, B", "shared, B", "fits", "sites")
+    table = Table(*head, title="kernels", title_justify="left", box=None, pad_edge=False)
+    groups: dict[tuple[str, Path], list[SiteKernel]] = collections.defaultdict(list)
+    for item in kernels:
+        groups[item.kernel, item.path].append(item)
+    for (name, _), group in groups.items():
+        for card, used in group[0].resources.items():
+            numbers = [str(used[key]) for key in ("registers", "spill_bytes", "shared_bytes")]
+            table.add_row(name, card, *numbers, "yes" if used["fits"] else "no", str(len(group)))
     return table
 
 

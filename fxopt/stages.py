@@ -111,7 +111,9 @@ class Stages:
         directory = self.options.dump / f"{self.report.name.replace(' ', '_')}_kernels"
 
         def write() -> None:
-            self.report.kernels += dump_kernels.write(graph, directory)
+            kernels, faults = dump_kernels.write(graph, directory, self.options.cards)
+            self.report.kernels += kernels
+            self.report.notes += [f"no code of a kernel: {fault}" for fault in faults]
             self.report.files += dict.fromkeys(item.path for item in self.report.kernels)
 
         self.guarded("dump of kernels", write, None)
@@ -145,7 +147,7 @@ class Stages:
         found: dict[str, object] = {}
         for field in dataclasses.fields(Options):
             value = getattr(self.options, field.name)
-            if value != field.default and field.name != "dump":
+            if value != field.default and field.name not in ("dump", "cards"):
                 found[field.name] = _written(value)
         if self.options.rules:
             found["rules"] = [item if isinstance(item, str) else item.name for item in self.options.rules]

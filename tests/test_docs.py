@@ -93,7 +93,7 @@ def dumped(name: str, code: str, directory: Path) -> dict[str, str]:
     attention = runpy.run_path(str(directory / name))["attention"]
     tensors = [torch.randn(1, 2, 64, 64, requires_grad=True) for _ in range(3)]
     outcome = apply_rule(RULE, captured(attention, *tensors).module, lowering="interpret")
-    return {one.kernel: one.path.read_text() for one in dump_kernels.write(outcome.module, directory)}
+    return {one.kernel: one.path.read_text() for one in dump_kernels.write(outcome.module, directory)[0]}
 
 
 def excerpt(found: re.Match[str]) -> str:

@@ -222,6 +222,20 @@ def test_every_section_is_compared() -> None:
     assert found[3].after == "2 casts, 2.0 MiB"
 
 
+def test_what_kernels_take_of_a_card_is_compared() -> None:
+    before, after = report(), report()
+    used = {"registers": 96, "spill_bytes": 0, "shared_bytes": 4096, "fits": True}
+    changed = {"registers": 64, "spill_bytes": 128, "shared_bytes": 4096, "fits": False}
+    for one, takes in ((before, used), (after, changed)):
+        one.graphs[0].kernels = [SiteKernel("a", "k", Path(), {"sm_86": takes})]
+    found = compare(before, after)
+    assert [(item.what.split(": ")[1], item.verdict) for item in found] == [
+        ("registers", "better"), ("spill bytes", "worse"), ("fits", "worse"),
+    ]  # fmt: skip
+    assert Report.from_json(after.to_json()).kernels == after.kernels
+    assert "sm_86  64         128" in str(after)
+
+
 def test_a_report_without_a_plan_is_compared_in_all_else() -> None:
     before, after = report(), report()
     before.graphs[0].plan = planned(KEPT, 1)

@@ -28,6 +28,7 @@ examples:
   fxopt explain train.py:make
   fxopt explain --config llama --hidden 2048 --layers 4 --heads 16 --precision bf16
   fxopt explain --config qwen3 --layers 36 --html report.html
+  fxopt explain --config llama --layers 2 --dump out --cards sm_86,sm_120 --html report.html
   fxopt explain before.json --html before.html
   fxopt explain --config mistral --layers 2 --set sliding_window=128 --json > after.json
 """

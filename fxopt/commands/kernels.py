@@ -12,14 +12,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console
-from rich.progress import track
 from rich.syntax import Syntax
 
 from fxopt.commands import UsageError, check_name, positive
 from fxopt.kernels.cards import CARDS, TARGETS, Card
 from fxopt.kernels.catalog import FAMILIES, Shipped, catalog
 from fxopt.kernels.configs import Config
-from fxopt.kernels.farm import LIMIT, Outcome, compile_all
+from fxopt.kernels.farm import LIMIT, Outcome, compile_shown
 from fxopt.kernels.interpreter import interpreting
 from fxopt.kernels.offline import Job, Resources
 
@@ -127,11 +126,7 @@ def _compiled(shipped: Sequence[tuple[Card, Shipped]], arguments: argparse.Names
         for card, one in shipped
         for at, config in enumerate(one.configs if arguments.all else one.configs[:1])
     ]
-    jobs = list(dict.fromkeys(job for _, job, _ in asked))
-    console = Console(stderr=True)
-    compiled = compile_all(jobs, arguments.jobs, arguments.limit)
-    quiet = not console.is_terminal
-    found = dict(track(compiled, "compiling", len(jobs), console=console, transient=True, disable=quiet))
+    found = compile_shown([job for _, job, _ in asked], arguments.jobs, arguments.limit)
     return [Row(name, job.card, job.config, default, found[job]) for name, job, default in asked]
 
 

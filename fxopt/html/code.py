@@ -21,7 +21,7 @@ def kernels(graph: GraphReport) -> list[dict[str, Any]]:
     resources: dict[tuple[str, Any], Any] = {}
     for one in graph.kernels:
         sites[one.kernel, one.path].append(one.site)
-        resources[one.kernel, one.path] = getattr(one, "resources", {})
+        resources[one.kernel, one.path] = one.resources
     return [
         {"name": name, "path": path, "sites": found, "resources": resources[name, path], "source": _source(path)}
         for (name, path), found in sites.items()

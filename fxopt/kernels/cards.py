@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import functools
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-__all__ = ["CARDS", "GFX942", "INTERPRETER", "TARGETS", "Card", "card_of", "multiprocessors_of"]
+__all__ = [
+    "CARDS",
+    "GFX942",
+    "INTERPRETER",
+    "TARGETS",
+    "Card",
+    "as_if_on",
+    "card_of",
+    "is_on_card",
+    "multiprocessors_of",
+]
 
 
 @dataclass(frozen=True)
@@ -43,12 +56,34 @@ INTERPRETER = Card("interpreter", 0, 227 * 1024)
 """Triton's interpreter, which takes tiles of any size, and is slow by the tile: small ones show more in tests."""
 
 
-@functools.cache
+_PRETENDED: contextvars.ContextVar[Card | None] = contextvars.ContextVar("fxopt_pretended_card", default=None)
+
+
+@contextlib.contextmanager
+def as_if_on(card: Card) -> Iterator[None]:
+    """Within, in this thread, every tensor counts as one on `card`: for what would be launched there, not to launch."""
+    token = _PRETENDED.set(card)
+    try:
+        yield
+    finally:
+        _PRETENDED.reset(token)
+
+
+def is_on_card(device: torch.device) -> bool:
+    """Whether `device` has cards, or counts as one."""
+    return device.type == "cuda" or _PRETENDED.get() is not None
+
+
 def card_of(device: torch.device) -> Card:
     """The card that `device` is; an architecture that is not known gets the limits that its driver tells.
 
     Where there is no CUDA to ask (fake tensors on a machine without a card): the first of `CARDS`.
     """
+    return _PRETENDED.get() or _card_of(device)
+
+
+@functools.cache
+def _card_of(device: torch.device) -> Card:
     if device.type != "cuda":
         return INTERPRETER
     if not torch.cuda.is_available():

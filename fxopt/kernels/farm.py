@@ -12,10 +12,13 @@ from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 
+from rich.console import Console
+from rich.progress import track
+
 from fxopt.kernels.interpreter import interpreting
 from fxopt.kernels.offline import Job, Resources, compile_offline, recalled, remember
 
-__all__ = ["LIMIT", "Outcome", "compile_all"]
+__all__ = ["LIMIT", "Outcome", "compile_all", "compile_shown"]
 
 Outcome = Resources | str
 """What a kernel uses, or a sentence why it was not compiled."""
@@ -55,6 +58,15 @@ def compile_all(
     finally:
         for worker in workers:
             worker.close()
+
+
+def compile_shown(jobs: Sequence[Job], processes: int, limit: float = LIMIT) -> dict[Job, Outcome]:
+    """`compile_all`, with a progress bar where there is a terminal; nothing to do is done anywhere."""
+    if not jobs:
+        return {}
+    console, different = Console(stderr=True), list(dict.fromkeys(jobs))
+    compiled, quiet = compile_all(different, processes, limit), not console.is_terminal
+    return dict(track(compiled, "compiling", len(different), console=console, transient=True, disable=quiet))
 
 
 def _feed(worker: _Worker, waiting: queue.SimpleQueue[Job], done: queue.SimpleQueue[tuple[Job, Outcome]]) -> None:

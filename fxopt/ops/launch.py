@@ -10,18 +10,21 @@ from __future__ import annotations
 import contextvars
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from fxopt import compat
+from fxopt.kernels.cards import is_on_card
 from fxopt.kernels.configs import Config
 from fxopt.kernels.interpreter import interpreting, repair_bf16
 from fxopt.kernels.source import Kernel
 
 __all__ = [
     "LOWERINGS",
+    "Launch",
     "Lowering",
     "Noting",
     "check_lowering",
@@ -41,6 +44,9 @@ Lowering = Literal["auto", "aten", "interpret"]
 
 LOWERINGS: tuple[str, ...] = get_args(Lowering)
 
+ALIGNMENT = 16
+"""What Triton specialises a kernel on: arguments that it divides (bytes of an address, or the integer itself)."""
+
 MOST_BLOCKS = 2**31 - 1
 """Of the first axis of a CUDA grid, the only one that our kernels use: the others end at 65,535."""
 
@@ -53,7 +59,7 @@ def check_lowering(lowering: str) -> None:
 
 def runs_triton(like: Tensor, lowering: str) -> bool:
     """Whether an operator on tensors such as `like` is computed by Triton kernels; fp64 never is."""
-    asked = lowering == "interpret" or (lowering == "auto" and like.device.type == "cuda")
+    asked = lowering == "interpret" or (lowering == "auto" and is_on_card(like.device))
     return asked and like.dtype != torch.float64
 
 
@@ -71,7 +77,8 @@ def launch(kernel: Kernel, blocks: int, values: Mapping[str, Any], config: Confi
     """
     noting = _NOTING.get()
     if noting is not None:
-        noting.kernels[kernel] = None
+        aligned = tuple(name for name in kernel.arguments if _aligned(values[name]))
+        noting.kernels.setdefault(kernel, Launch(config, aligned))
         return
     if compat.guard_or_false(blocks == 0):
         return
@@ -94,14 +101,30 @@ def launch(kernel: Kernel, blocks: int, values: Mapping[str, Any], config: Confi
             function[(blocks,)](**arguments, **tiles, **warps)
 
 
+def _aligned(value: Any) -> bool:
+    """Whether 16 divides an integer, or the address of a tensor, by its offset: allocations begin at multiples."""
+    offset = value.storage_offset() * value.element_size() if isinstance(value, Tensor) else value
+    return int(offset) % ALIGNMENT == 0
+
+
 _INTERPRETING = threading.Lock()  # the interpreter patches triton.language while it runs
 
 
 _NOTING: contextvars.ContextVar[Noting | None] = contextvars.ContextVar("fxopt_noting", default=None)
 
 
+@dataclass(frozen=True)
+class Launch:
+    """How a kernel was to be launched: by which configuration, and which of its arguments 16 divides."""
+
+    config: Config
+    aligned: tuple[str, ...]
+
+
 class Noting(compat.TorchDispatchMode):
     """Within, in this thread, fxopt's operators on fake tensors do all but launch: `kernels` are those they would.
+
+    Each with its first launch.
 
     The code that launches is what runs, so nobody else need know which kernels an operator has. Backwards are noted
     with ``torch.autograd.set_multithreading_enabled(False)``: else they run in other threads.
@@ -109,7 +132,7 @@ class Noting(compat.TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.kernels: dict[Kernel, None] = {}
+        self.kernels: dict[Kernel, Launch] = {}
         self._outer: list[contextvars.Token[Noting | None]] = []
 
     def __enter__(self) -> Noting:

@@ -10,13 +10,13 @@ from torch import Tensor
 
 from fxopt import compat
 from fxopt.kernels.source import Kernel
-from fxopt.ops.launch import Noting
+from fxopt.ops.launch import Launch, Noting
 
 __all__ = ["kernels_of"]
 
 
-def kernels_of(op: Any, args: Sequence[Any], kwargs: Mapping[str, Any], read: Collection[int]) -> tuple[Kernel, ...]:
-    """The kernels of ``op(*args, **kwargs)``, and of its backward where an argument wants its gradient, once each.
+def kernels_of(op: Any, args: Sequence[Any], kwargs: Mapping[str, Any], read: Collection[int]) -> dict[Kernel, Launch]:
+    """The kernels of ``op(*args, **kwargs)``, and of its backward where an argument wants its gradient.
 
     args, kwargs: with fake tensors. Those are stood in for by tensors of the sizes they were traced with, so that no
     guard is installed. read: which of several results somebody reads, so that they have a gradient.
@@ -31,7 +31,7 @@ def kernels_of(op: Any, args: Sequence[Any], kwargs: Mapping[str, Any], read: Co
         if inputs and results:
             with torch.autograd.set_multithreading_enabled(False):
                 torch.autograd.grad(results, inputs, [torch.empty_like(one) for one in results], allow_unused=True)
-    return tuple(noted.kernels)
+    return noted.kernels
 
 
 def _stand_in(value: Any) -> Any:
@@ -39,6 +39,10 @@ def _stand_in(value: Any) -> Any:
         return compat.size_hint(value)
     shape, strides = (tuple(map(compat.size_hint, sizes)) for sizes in (value.shape, value.stride()))
     made = torch.empty_strided(shape, strides, dtype=value.dtype, device=value.device)
+    offset = compat.size_hint(value.storage_offset())
+    if offset:  # kernels are specialised on the alignment of what they are given
+        storage = made.untyped_storage().nbytes() // made.element_size()
+        made = made.new_empty(offset + storage).as_strided(shape, strides, offset)
     return made.requires_grad_(value.requires_grad)
 
 

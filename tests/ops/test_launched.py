@@ -12,6 +12,8 @@ from torch import Tensor
 
 from fxopt import compat, dump_kernels
 from fxopt.compat import FakeTensorMode
+from fxopt.kernels.cards import CARDS, INTERPRETER, as_if_on, card_of
+from fxopt.kernels.offline import Job, Resources
 from fxopt.kernels.source import Kernel
 from fxopt.ops import attention_operator, loss_operator, norm_operator
 from fxopt.ops.launched import kernels_of
@@ -48,6 +50,27 @@ def test_backwards_are_those_that_autograd_will_ask_for() -> None:
     assert attention("interpret", True, True, True) == FORWARD_AND_BACKWARD
     assert attention("interpret", True, False, False) == FORWARD_AND_BACKWARD[:3]
     assert attention("interpret", False, False, True) == [*FORWARD_AND_BACKWARD[:2], FORWARD_AND_BACKWARD[3]]
+
+
+def test_what_a_card_would_launch_is_known_without_one() -> None:
+    assert attention("auto", True, True, True) == []
+    with as_if_on(CARDS[1]):
+        assert attention("auto", True, True, True) == FORWARD_AND_BACKWARD
+        assert attention("aten", True, True, True) == []
+        assert card_of(torch.device("cpu")) is CARDS[1]
+    assert card_of(torch.device("cpu")) is INTERPRETER
+
+
+def test_a_launch_is_noted_with_what_it_is_specialised_on() -> None:
+    with FakeTensorMode(), as_if_on(CARDS[0]):
+        x, weight = torch.empty(9, 24)[1:, 4:20], torch.empty(16)
+        (launch,) = kernels_of(norm_operator.FORWARD, (x, None, weight, None, None, *NORM), {}, {0}).values()
+        (shifted,) = kernels_of(
+            norm_operator.FORWARD, (x[:, 1:], None, weight[1:], None, None, *NORM), {}, {0}
+        ).values()
+    assert launch.aligned != shifted.aligned
+    assert {"X", "Weight"} <= {*launch.aligned}
+    assert launch.config.num_warps
 
 
 def test_by_aten_there_are_none() -> None:
@@ -91,5 +114,29 @@ def test_symbolic_sizes_are_stood_in_for_and_no_guard_is_installed(tmp_path: Pat
     values = [node.meta["val"] for node in module.graph.find_nodes(op="placeholder")]
     shape_env = compat.fake_mode_of(values).shape_env  # type: ignore[union-attr]
     before = len(shape_env.guards)
-    assert [one.kernel for one in dump_kernels.write(module, tmp_path)] == FORWARD_AND_BACKWARD
+    assert [one.kernel for one in dump_kernels.write(module, tmp_path)[0]] == FORWARD_AND_BACKWARD
     assert len(shape_env.guards) == before
+
+
+def test_a_dump_says_what_kernels_take_of_a_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is compiled here: that is `tests/kernels`' and the commands'."""
+    monkeypatch.undo()
+    asked: list[Job] = []
+
+    def compiled(jobs: list[Job], _: int) -> dict[Job, Any]:
+        asked.extend(jobs)
+        used = {job: Resources(64, 0, 1024, True) for job in jobs}
+        return used | {job: "CompilationError: no" for job in jobs if job.kernel.name == "attention_delta"}
+
+    monkeypatch.setattr(dump_kernels, "compile_shown", compiled)
+    tensors = [torch.randn(2, 4, 32, 16, requires_grad=True) for _ in range(3)]
+    module = apply_rule(RULE, captured(causal, *tensors).module).module
+    assert dump_kernels.write(module, tmp_path) == ([], [])
+    found, faults = dump_kernels.write(module, tmp_path, CARDS[:2])
+    assert [one.kernel for one in found] == FORWARD_AND_BACKWARD
+    used = {"registers": 64, "spill_bytes": 0, "shared_bytes": 1024, "fits": True}
+    assert found[0].resources == {"sm_80": used, "sm_86": used}
+    assert found[1].resources == {}
+    assert faults == [f"attention_delta for sm_{arch}: CompilationError: no" for arch in (80, 86)]
+    assert {job.card for job in asked} == {*CARDS[:2]}
+    assert all(one.path.read_text() for one in found)
