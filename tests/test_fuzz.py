@@ -51,7 +51,7 @@ def test_cases_come_back_from_json_and_get_smaller(seed: int) -> None:
     assert not trial.spec.parts
 
 
-@pytest.mark.parametrize("compiler", ["graph", "aot"])
+@pytest.mark.parametrize("compiler", ["graph", "aot", "planned"])
 def test_some_cases_are_right(compiler: str) -> None:
     for trial in in_order(2, compiler=compiler, resized=False):
         verdict = run(trial)

@@ -19,12 +19,14 @@ from fxopt import backend as pipeline
 from fxopt import capture as capturing
 from fxopt import compat
 from fxopt.kernels.interpreter import interpreting
+from fxopt.memory.request import Budget, Request
 from fxopt.options import Options
 from fxopt.passes import RULES
 from fxopt.report import GraphReport
 from fxopt.rule import Draw
 from fxopt.testing.exact import Widen
 from fxopt.testing.near import FLOOR, too_far, widened
+from fxopt.testing.planned import compile_planned
 from fxopt.testing.random_modules import ModuleSpec, draw_module
 
 Named = dict[str, Tensor | None]
@@ -40,15 +42,24 @@ OPTIONS: dict[str, tuple[Any, ...]] = {
 """Every option with what it is drawn from, the default first. ``kernels="interpret"`` joins where Triton interprets."""
 
 HOW: dict[str, tuple[Any, ...]] = {
-    "compiler": ("graph", "aot", "inductor"),
+    "compiler": ("graph", "aot", "planned", "inductor", "inductor planned"),
     "dynamic": (None, True),
     "autocast": (False, True),
     "grad": (True, False),
     "read": (False, True),
     "resized": (False, True),
 }
-"""How a case is run. compiler: what stands at the pipeline's end. read: whether the loss reads the other outputs.
-resized: whether a second call of other sizes follows."""
+"""How a case is run.
+
+compiler: what stands at the pipeline's end; "planned": the two halves of the plan with the lowest peak there is.
+read:     whether the loss reads the other outputs.
+resized:  whether a second call of other sizes follows.
+"""
+
+_UNCOMPILED = (*["graph"] * 14, "aot", "planned")
+
+_LOWEST = Request(Budget(1), infeasible="minimum", optimizer=0.0)
+"""A budget that nothing fits, so that all is made again that can be."""
 
 _CURVED = 1e-3
 """Step of central differences, in fp64 with casts to fp32 inside: 1e-7 / 1e-3 of noise, 1e-6 of curvature."""
@@ -115,7 +126,8 @@ def draw_trial(draw: Draw, inductor: float = 0.0) -> Trial:
     """A case that can be judged. inductor: the share of cases that Inductor compiles, which take a second or more."""
     while True:
         how = {name: draw.choice(choices[0], choices[0], *choices) for name, choices in HOW.items()}
-        how["compiler"] = draw.choice(*["graph"] * 7, "aot") if draw.size(0, 999) >= 1000 * inductor else "inductor"
+        by_inductor = draw.size(0, 999) < 1000 * inductor
+        how["compiler"] = draw.choice(*(("inductor", "inductor planned") if by_inductor else _UNCOMPILED))
         trial = Trial(draw_module(draw), draw_options(draw), how)
         if judgeable(trial):
             return trial
@@ -331,6 +343,12 @@ class Run:
         return torch.finfo(torch.bfloat16 if low else getattr(torch, self.spec.setting["dtype"])).eps
 
 
+def _by_plan(graph: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+    """Compiled as a budget has it compiled."""
+    options = Options.parse({"memory_budget": 1, "optimizer": 0.0, "infeasible": "minimum"})
+    return pipeline.compile_planned(graph, inputs, {}, "fuzz", options, "graph 0")[0]
+
+
 def _difference(one: Tensor, other: Tensor) -> str | None:
     for what in ("shape", "dtype", "device", "requires_grad"):
         if getattr(one, what) != getattr(other, what):
@@ -365,5 +383,7 @@ def _nudged_inputs(inputs: Mapping[str, Tensor], eps: float, seed: int) -> dict[
 _COMPILERS: dict[str, Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]] = {
     "graph": lambda graph, _: graph.forward,
     "aot": lambda graph, inputs: compat.aot_backend(lambda _: None)(graph, list(inputs)),
+    "planned": lambda graph, inputs: compile_planned(graph, inputs, _LOWEST)[0],
     "inductor": lambda graph, inputs: compat.compile_graph(graph, inputs, {}, "fuzz"),
+    "inductor planned": _by_plan,
 }

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from allocations import peak_bytes
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from planned import TOKENS, WIDTH, Model, Planned, request
 from torch import nn
@@ -43,11 +43,11 @@ def resident(of: nn.Module, x: torch.Tensor) -> int:
     return sum(one.nbytes for one in of.parameters()) + x.nbytes
 
 
-def extremes(of: Model, monkeypatch: pytest.MonkeyPatch) -> tuple[int, int]:
+def extremes(of: Model) -> tuple[int, int]:
     """The smallest budget that would do, and the peak without one."""
-    loose = Planned(of, request("1GiB"), monkeypatch)
+    loose = Planned(of, request("1GiB"))
     step(loose, of, batch())
-    tight = Planned(of, request(1), monkeypatch)
+    tight = Planned(of, request(1))
     with pytest.raises(BudgetError) as raised:
         step(tight, of, batch())
     return raised.value.minimum, loose.plan.predicted
@@ -56,11 +56,9 @@ def extremes(of: Model, monkeypatch: pytest.MonkeyPatch) -> tuple[int, int]:
 # --- the law -----------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=4, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=4)
 @given(data=st.data())
-def test_a_step_under_any_budget_keeps_to_it_and_computes_the_same(
-    data: st.DataObject, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_step_under_any_budget_keeps_to_it_and_computes_the_same(data: st.DataObject) -> None:
     options = {
         "layers": data.draw(st.integers(2, 3), "layers"),
         "dropout": data.draw(st.sampled_from([0.0, 0.3]), "dropout"),
@@ -68,10 +66,10 @@ def test_a_step_under_any_budget_keeps_to_it_and_computes_the_same(
         "frozen": data.draw(st.booleans(), "frozen"),
     }
     of, x = model(**options), batch()
-    wanted = step(Planned(of, None, monkeypatch), of, x)
-    least, most = extremes(of, monkeypatch)
+    wanted = step(Planned(of, None), of, x)
+    least, most = extremes(of)
     budget = least + int((most - least) * data.draw(st.floats(0, 1), "share of the range"))
-    planned = Planned(of, request(budget), monkeypatch)
+    planned = Planned(of, request(budget))
     found = step(planned, of, x)
     assert all(torch.equal(one, other) for one, other in zip(found, wanted, strict=True))
     assert planned.plan.predicted <= budget
@@ -84,9 +82,9 @@ def test_a_step_under_any_budget_keeps_to_it_and_computes_the_same(
 # --- what a plan is ----------------------------------------------------------------------------------------------
 
 
-def test_a_budget_that_fits_leaves_torchs_own_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_budget_that_fits_leaves_torchs_own_choice() -> None:
     of = model()
-    planned, plain = Planned(of, request("1GiB"), monkeypatch), Planned(of, None, monkeypatch)
+    planned, plain = Planned(of, request("1GiB")), Planned(of, None)
     step(planned, of, batch())
     step(plain, of, batch())
     saved = [[node.name for node in one.cuts[0][1].graph.find_nodes(op="placeholder")] for one in (planned, plain)]
@@ -94,13 +92,13 @@ def test_a_budget_that_fits_leaves_torchs_own_choice(monkeypatch: pytest.MonkeyP
     assert planned.plan.predicted == planned.plan.default
 
 
-def test_a_smaller_budget_recomputes_more_and_uses_nearly_all_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_smaller_budget_recomputes_more_and_uses_nearly_all_of_it() -> None:
     of = model()
-    least, most = extremes(of, monkeypatch)
+    least, most = extremes(of)
     before, seconds = math.inf, []
     for share in (0.7, 0.3):
         budget = least + int(share * (most - least))
-        planned = Planned(of, request(budget), monkeypatch)
+        planned = Planned(of, request(budget))
         step(planned, of, batch())
         plan = planned.plan
         assert 0.9 * budget <= plan.predicted <= budget
@@ -111,9 +109,9 @@ def test_a_smaller_budget_recomputes_more_and_uses_nearly_all_of_it(monkeypatch:
     assert seconds == sorted(seconds)
 
 
-def test_the_parts_of_the_peak_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_parts_of_the_peak_add_up() -> None:
     of = model()
-    planned = Planned(of, request("1GiB", optimizer="adamw", accumulation=True), monkeypatch)
+    planned = Planned(of, request("1GiB", optimizer="adamw", accumulation=True))
     step(planned, of, batch())
     plan, parameters = planned.plan, sum(one.nbytes for one in of.parameters())
     assert sum(plan.parts.values()) == plan.predicted
@@ -122,25 +120,25 @@ def test_the_parts_of_the_peak_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
     assert max((*plan.timeline.forward, *plan.timeline.backward)) == plan.predicted
 
 
-def test_a_budget_below_the_least_says_which_would_do(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_budget_below_the_least_says_which_would_do() -> None:
     of = model()
-    least, _ = extremes(of, monkeypatch)
-    fits = Planned(of, request(least), monkeypatch)
+    least, _ = extremes(of)
+    fits = Planned(of, request(least))
     step(fits, of, batch())
     assert fits.plan.predicted <= least
-    short = Planned(of, request(int(0.98 * least)), monkeypatch)
+    short = Planned(of, request(int(0.98 * least)))
     with pytest.raises(BudgetError, match=r"smallest that would do is .*parameters"):
         step(short, of, batch())
-    lowest = Planned(of, request(1, infeasible="minimum"), monkeypatch)
+    lowest = Planned(of, request(1, infeasible="minimum"))
     step(lowest, of, batch())
     assert lowest.plan.predicted == least
     assert any("lowest peak" in note for note in lowest.plan.notes)
 
 
-def test_random_numbers_are_drawn_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_random_numbers_are_drawn_once() -> None:
     of = model(dropout=0.5)
-    least, _ = extremes(of, monkeypatch)
-    planned = Planned(of, request(least), monkeypatch)
+    least, _ = extremes(of)
+    planned = Planned(of, request(least))
     step(planned, of, batch())
     _, backward = planned.cuts[0]
     drawn = [
@@ -152,7 +150,7 @@ def test_random_numbers_are_drawn_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert any("computed once" in row.reason for row in planned.plan.rows)
 
 
-def test_a_users_checkpoint_is_obeyed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_users_checkpoint_is_obeyed() -> None:
     of = model()
     checkpoint = torch.utils.checkpoint.checkpoint
 
@@ -161,13 +159,13 @@ def test_a_users_checkpoint_is_obeyed(monkeypatch: pytest.MonkeyPatch) -> None:
             x = checkpoint(layer, x, use_reentrant=False)
         return x.square().mean()
 
-    wanted = step(Planned(of, None, monkeypatch), of, batch())
-    planned = Planned(forward, request("1GiB"), monkeypatch)
+    wanted = step(Planned(of, None), of, batch())
+    planned = Planned(forward, request("1GiB"))
     found = step(planned, of, batch())
     assert all(torch.equal(one, other) for one, other in zip(found, wanted, strict=True))
     checkpointed = planned.plan.predicted
     for budget in (checkpointed, checkpointed - 1):
-        tight = Planned(forward, request(budget, infeasible="minimum"), monkeypatch)
+        tight = Planned(forward, request(budget, infeasible="minimum"))
         found = step(tight, of, batch())
         assert all(torch.equal(one, other) for one, other in zip(found, wanted, strict=True))
         inside = [row for row in tight.plan.rows if row.decision == KEPT and "gelu" in row.name]
@@ -175,10 +173,10 @@ def test_a_users_checkpoint_is_obeyed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
-def test_sizes_that_change_are_planned_by_their_hints_and_make_no_guards(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sizes_that_change_are_planned_by_their_hints_and_make_no_guards() -> None:
     of = model()
-    least, most = extremes(of, monkeypatch)
-    planned = Planned(of, request((least + most) // 2), monkeypatch)
+    least, most = extremes(of)
+    planned = Planned(of, request((least + most) // 2))
     planned.run = torch.compile(of, backend=planned.backend, dynamic=True)
     step(planned, of, batch())
     longer = torch.randn(2, TOKENS + 17, WIDTH)
@@ -187,18 +185,18 @@ def test_sizes_that_change_are_planned_by_their_hints_and_make_no_guards(monkeyp
     assert all(torch.allclose(one, other, rtol=1e-4, atol=1e-6) for one, other in zip(found, wanted, strict=True))
 
 
-def test_a_graph_without_a_backward_is_not_planned(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_graph_without_a_backward_is_not_planned() -> None:
     of, planned = model(), None
-    planned = Planned(of, request("1GiB"), monkeypatch)
+    planned = Planned(of, request("1GiB"))
     with torch.no_grad():
         planned(batch())
     assert planned.plans == [None]
 
 
-def test_a_graph_that_is_retained_can_be_run_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_graph_that_is_retained_can_be_run_again() -> None:
     of = model()
-    least, _ = extremes(of, monkeypatch)
-    loss = Planned(of, request(least), monkeypatch)(batch())
+    least, _ = extremes(of)
+    loss = Planned(of, request(least))(batch())
     loss.backward(retain_graph=True)
     first = [one.grad.clone() for one in of.parameters() if one.grad is not None]
     of.zero_grad()
@@ -206,14 +204,14 @@ def test_a_graph_that_is_retained_can_be_run_again(monkeypatch: pytest.MonkeyPat
     assert all(torch.equal(a, b.grad) for a, b in zip(first, of.parameters(), strict=True) if b.grad is not None)
 
 
-def test_double_backward_is_refused_as_it_is_without_a_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_double_backward_is_refused_as_it_is_without_a_plan() -> None:
     of, x = model(), batch().requires_grad_()
-    (gradient,) = torch.autograd.grad(Planned(of, request("1GiB"), monkeypatch)(x), x, create_graph=True)
+    (gradient,) = torch.autograd.grad(Planned(of, request("1GiB"))(x), x, create_graph=True)
     with pytest.raises(RuntimeError, match="double backward"):
         gradient.sum().backward()
 
 
-def test_a_percentage_of_a_cpu_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_percentage_of_a_cpu_is_an_error() -> None:
     of = model()
     with pytest.raises(OptionError, match="12GiB"):
-        Planned(of, request("80%"), monkeypatch)(batch())
+        Planned(of, request("80%"))(batch())
