@@ -21,8 +21,10 @@ from rich.console import Console
 from fxopt.commands import models
 from fxopt.memory.joint import Array, Joint, read
 from fxopt.memory.plan import Plan
+from fxopt.memory.program import Program
 from fxopt.memory.rates import device_named
-from fxopt.memory.solve import Solution, closure, modelled, repaired, solve
+from fxopt.memory.solution import Solution, closure, repaired
+from fxopt.memory.solve import solve
 from fxopt.options import Options
 from fxopt.outlook import Cut, Modelled, outlook
 
@@ -68,18 +70,19 @@ def measured(cut: Timed) -> dict[str, Any]:
     joint = cut.joint
     nothing = np.zeros_like(cut.stock)
     full = checkpointed(joint)
-    peak = modelled(joint, Solution(full, nothing, optimal=True)).peak
     before = time.process_time()
-    plan = solve(joint, peak)
+    program = Program(joint)
+    peak = program.modelled(Solution(full, nothing, optimal=True)).peak
+    plan = solve(program, peak)
     solving = time.process_time() - before
     assert plan is not None, "full checkpointing is itself a plan"
-    lowest = solve(joint, None)
+    lowest = solve(program, None)
     assert lowest is not None
     peaks = {
-        "default": modelled(joint, Solution(cut.stock, nothing, optimal=True)).peak,
+        "default": program.modelled(Solution(cut.stock, nothing, optimal=True)).peak,
         "full checkpointing": peak,
-        "plan": modelled(joint, plan).peak,
-        "lowest": modelled(joint, lowest).peak,
+        "plan": program.modelled(plan).peak,
+        "lowest": program.modelled(lowest).peak,
     }
     return {
         "nodes": {"forward": len(joint.forward), "backward": len(joint.backward)},

@@ -19,10 +19,12 @@ from fxopt.backend import call_once, chooser_for, name_of, run
 from fxopt.fake import value_of
 from fxopt.memory.modelled import modelled_step
 from fxopt.memory.plan import Plan
+from fxopt.memory.program import Program
 from fxopt.memory.rates import Device
 from fxopt.memory.replay import Replay
 from fxopt.memory.request import Request
-from fxopt.memory.solve import Solution, solve
+from fxopt.memory.solution import Solution
+from fxopt.memory.solve import solve
 from fxopt.options import Options
 from fxopt.passes.memory_plan import Cut, planned
 from fxopt.report import Report
@@ -42,7 +44,7 @@ class Planner:
         """Raises BudgetError."""
         plan, _ = planned(cut, self.request, self.budget)
         link, _ = self.request.link_on(cut.known, False)
-        lowest = solve(cut.joint, None, link=link)
+        lowest = solve(Program(cut.joint, link), None)
         rest = sum(plan.resident.values()) + int(cut.known.margin * self.budget)
         self.minimum = max(self.minimum, rest + cut.replayed(lowest).peak)
         return plan

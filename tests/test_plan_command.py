@@ -18,8 +18,10 @@ from fxopt.commands import models
 from fxopt.memory import fit, picture
 from fxopt.memory.modelled import modelled_step
 from fxopt.memory.plan import Plan, Timeline
+from fxopt.memory.program import Program
 from fxopt.memory.rates import device_named
-from fxopt.memory.solve import Solution, solve
+from fxopt.memory.solution import Solution
+from fxopt.memory.solve import solve
 from fxopt.options import Options
 
 Capture = pytest.CaptureFixture[str]
@@ -139,7 +141,7 @@ def test_the_model_is_near_the_code_that_is_lowered() -> None:
     seen: list[Any] = []
 
     def planner(cut: Cut) -> None:
-        lowest = solve(cut.joint, None)
+        lowest = solve(Program(cut.joint), None)
         assert lowest is not None
         nothing = np.zeros_like(cut.stock)
         for chosen, same in ((None, Solution(cut.stock, nothing, optimal=True)), (lowest, lowest)):

@@ -9,7 +9,7 @@ import numpy as np
 from fxopt.memory.joint import Array, Joint
 from fxopt.memory.plan import KEPT, OFFLOADED, RECOMPUTED, Plan, Row, Timeline
 from fxopt.memory.planner import Decision
-from fxopt.memory.solve import closure
+from fxopt.memory.solution import closure
 from fxopt.memory.units import show_bytes
 from fxopt.rule import Place
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from fxopt.memory.joint import Array, Joint
 from fxopt.memory.replay import GRADIENTS, KEPT, OUTPUTS, WORKING, Replay
-from fxopt.memory.solve import Lives, Solution, closure, forward_transient
+from fxopt.memory.solution import Lives, Solution, closure, forward_transient
 
 __all__ = ["modelled_step"]
 

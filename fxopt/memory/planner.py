@@ -13,8 +13,10 @@ from collections.abc import Callable
 import numpy as np
 
 from fxopt.memory.joint import Array, Joint
+from fxopt.memory.program import Program
 from fxopt.memory.replay import Replay
-from fxopt.memory.solve import NO_BIAS, Peaks, Program, Solution, recompute_seconds
+from fxopt.memory.solution import NO_BIAS, Peaks, Solution, recompute_seconds
+from fxopt.memory.solve import solve
 
 __all__ = ["Decision", "Infeasible", "decide"]
 
@@ -97,7 +99,7 @@ class _Loop:
 
     def solved(self, budget: float | None) -> Solution | None:
         begin = time.perf_counter()
-        solution = self.program.solve(budget, self.bias)
+        solution = solve(self.program, budget, self.bias)
         self.seconds += time.perf_counter() - begin
         return solution
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 
-__all__ = ["UNITS", "mib", "parse_bytes", "show_bytes"]
+__all__ = ["MIB", "UNITS", "mib", "parse_bytes", "show_bytes"]
 
+MIB = 2**20
 UNITS = {
     "": 1,
     "B": 1,
@@ -25,7 +26,7 @@ def parse_bytes(text: str) -> int:
 
 def mib(count: float) -> str:
     """`count` in MiB whatever its size, to be read beside others: "1,204.5 MiB"."""
-    return f"{count / 2**20:,.1f} MiB"
+    return f"{count / MIB:,.1f} MiB"
 
 
 def show_bytes(count: float) -> str:

@@ -54,19 +54,22 @@ def cut(gm: Any, inputs: Any, how: dict[str, Any], cases: dict[str, dict[str, fl
     import numpy as np
     import torch
 
+    from fxopt.memory.program import Program
     from fxopt.memory.rates import device_of
-    from fxopt.memory.solve import Solution, modelled, solve
+    from fxopt.memory.solution import Solution
+    from fxopt.memory.solve import solve
     from fxopt.passes.memory_plan import Cut
 
     card = torch.device("cuda:0")
     whole = Cut(gm, inputs, how, card, device_of(card))
-    least = solve(whole.joint, None)
+    program = Program(whole.joint)
+    least = solve(program, None)
     assert least is not None
     stock = Solution(whole.stock, np.zeros_like(whole.stock), optimal=True)
-    bottom, top = (modelled(whole.joint, one).peak for one in (least, stock))
+    bottom, top = (program.modelled(one).peak for one in (least, stock))
     for name, case in cases.items():
         budget = bottom + case["share"] * (top - bottom)
-        plan = solve(whole.joint, budget, link=case["link"])
+        plan = solve(Program(whole.joint, case["link"]), budget)
         found[name] = {"budget": budget} | ({} if plan is None else answer(whole, plan, case["link"]))
     return whole.by(None)
 
@@ -77,7 +80,7 @@ def answer(whole: Any, plan: Any, link: float) -> dict[str, Any]:
     from link import Simulation
 
     from fxopt.memory.offload import Places
-    from fxopt.memory.solve import modelled
+    from fxopt.memory.program import Program
 
     joint, places = whole.joint, Places.of(whole.joint)
     forward, backward = whole.by(whole.names(plan))
@@ -89,7 +92,7 @@ def answer(whole: Any, plan: Any, link: float) -> dict[str, Any]:
     tensors = {node.name: node.meta["val"] for node in inputs if isinstance(node.meta.get("val"), torch.Tensor)}
     return {
         "step": dataclasses.asdict(step),
-        "peak": modelled(joint, plan, link).peak,
+        "peak": Program(joint, link).modelled(plan).peak,
         "offloaded": {node.name: node.meta["val"].nbytes for node in chosen},
         "blocks": sorted({places.block[node.name] for node in chosen}),
         "again": sum(seconds[node.name] for node in backward.graph.nodes if node.name in places.block),

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from link import Simulation
 from offloaded import Deep, Graphs, Late, Offloading, gradients
 
-from fxopt.memory import solve
+from fxopt.memory import solution
 from fxopt.memory.offload import Places
 from fxopt.ops import transfer
 from fxopt.ops.offload_operator import FETCH, HOLD, SEND
@@ -182,8 +182,8 @@ def test_only_what_is_large_and_in_one_piece_may_go(monkeypatch: pytest.MonkeyPa
 
     def look(joint: Any, _: list[str]) -> list[str]:
         for least in (1, 8 * 16 * 4, 8 * 32 * 4, 2**21):
-            monkeypatch.setattr(solve, "LEAST_OFFLOAD", least)
-            seen.append((joint, list(solve.offloadable(joint))))
+            monkeypatch.setattr(solution, "LEAST_OFFLOAD", least)
+            seen.append((joint, list(solution.offloadable(joint))))
         return []
 
     torch.compile(Turned(), backend=Offloading(look))(batch())

@@ -14,7 +14,7 @@ from offloaded import Deep, Late, gradients
 
 import fxopt
 from fxopt import compat
-from fxopt.memory import rates, solve
+from fxopt.memory import rates, solution
 from fxopt.memory.offload import movable
 from fxopt.memory.plan import OFFLOADED
 from fxopt.memory.request import Budget, Request
@@ -38,16 +38,16 @@ def lowered() -> dict[str, Any]:
     found: dict[str, Any] = {}
 
     def decide(joint: Any, stock: Any, budget: float, trial: Any, link: float) -> Any:
-        may = np.array([movable(node) for node in joint.forward]) & (solve.read_from(joint) < joint.blocks - 1)
+        may = np.array([movable(node) for node in joint.forward]) & (solution.read_from(joint) < joint.blocks - 1)
         saved = joint.needed & ~joint.view  # and nothing is made again: torch's choice does that across blocks
         offloaded = saved & (joint.size >= 1024) & may
         found["bytes"] = int(joint.size[offloaded].sum())
-        found["least"] = trial(solve.Solution(saved, np.zeros_like(saved), optimal=True))
+        found["least"] = trial(solution.Solution(saved, np.zeros_like(saved), optimal=True))
         codes: list[str] = []
         with pytest.MonkeyPatch.context() as patch:
             own = compat.lower
             patch.setattr(compat, "lower", lambda *how: (done := own(*how), codes.append(done.code))[0])
-            found["offloaded"] = trial(solve.Solution(saved & ~offloaded, offloaded, optimal=True))
+            found["offloaded"] = trial(solution.Solution(saved & ~offloaded, offloaded, optimal=True))
         found["forward"], found["backward"] = codes
         raise Seen("")
 
@@ -116,7 +116,7 @@ def test_a_planned_step_offloads_within_its_budget(monkeypatch: pytest.MonkeyPat
     """On a CPU that is said to have a link: compiled code, copies made as late as may be, memory by the profiler."""
     linked = dataclasses.replace(rates.CPU, link=2e10)
     monkeypatch.setattr(memory_plan, "device_of", lambda _: linked)
-    monkeypatch.setattr(solve, "LEAST_OFFLOAD", 2**16)
+    monkeypatch.setattr(solution, "LEAST_OFFLOAD", 2**16)
     monkeypatch.setenv("FXOPT_CACHE", str(tmp_path))
     torch.manual_seed(0)
     model, x = Deep(6, 256), torch.randn(2048, 256)

@@ -16,8 +16,10 @@ from planned import TOKENS, WIDTH, Model, joint_of
 from fxopt.memory import solve as solving
 from fxopt.memory.joint import Joint
 from fxopt.memory.planner import Infeasible, decide
+from fxopt.memory.program import Program
 from fxopt.memory.replay import Replay
-from fxopt.memory.solve import Solution, closure, modelled, recompute_seconds, solve
+from fxopt.memory.solution import Solution, closure, recompute_seconds
+from fxopt.memory.solve import solve
 
 OPERATIONS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
     "product": lambda x, w: x @ w,
@@ -63,18 +65,18 @@ def cost(of: Joint, plan: Solution) -> float:
 def test_the_solver_finds_the_cheapest_of_all_plans(names: list[str], share: float) -> None:
     of, _ = joint(names)
     assert of.blocks == 1
-    plans = [(modelled(of, plan).peak, cost(of, plan)) for plan in every_plan(of)]
+    plans = [(Program(of).modelled(plan).peak, cost(of, plan)) for plan in every_plan(of)]
     peaks = [peak for peak, _ in plans]
-    lowest = solve(of, None)
+    lowest = solve(Program(of), None)
     assert lowest is not None
-    assert modelled(of, lowest).peak == pytest.approx(min(peaks), rel=1e-4)
+    assert Program(of).modelled(lowest).peak == pytest.approx(min(peaks), rel=1e-4)
     budget = min(peaks) + share * (max(peaks) - min(peaks)) + 1
-    found = solve(of, budget)
+    found = solve(Program(of), budget)
     assert found is not None
-    assert modelled(of, found).peak <= budget * (1 + 1e-6)
+    assert Program(of).modelled(found).peak <= budget * (1 + 1e-6)
     best = min(seconds for peak, seconds in plans if peak <= budget)
     assert cost(of, found) <= best * (1 + 2 * solving.GAP) + 1e-9
-    assert solve(of, 0.99 * min(peaks)) is None
+    assert solve(Program(of), 0.99 * min(peaks)) is None
 
 
 def test_out_of_time_a_plan_is_rounded_and_still_computes_nothing_twice_that_it_must_not(
@@ -91,7 +93,7 @@ def test_out_of_time_a_plan_is_rounded_and_still_computes_nothing_twice_that_it_
 
     monkeypatch.setattr(solving, "_run", slow)
     whole = np.ones(len(of.forward), dtype=bool)
-    found = solve(of, 1.2 * modelled(of, Solution(whole, ~whole, True)).peak)
+    found = solve(Program(of), 1.2 * Program(of).modelled(Solution(whole, ~whole, True)).peak)
     assert found is not None
     assert not found.optimal
     assert not (closure(of, found.kept) & of.banned).any()
@@ -108,7 +110,7 @@ class Code:
     def __call__(self, solution: Solution | None) -> Replay:
         self.tried += 1
         plan = solution or self.own
-        peaks, extra = modelled(self.of, plan), self.more + self.by_kept * float(self.of.size[plan.kept].sum())
+        peaks, extra = Program(self.of).modelled(plan), self.more + self.by_kept * float(self.of.size[plan.kept].sum())
         forward, backward = (int(self.factor * one + extra) for one in (peaks.forward, peaks.backward))
         return Replay([forward], [backward], {})
 
