@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 import fxopt
 from fxopt import OptionError, Options, compat
 from fxopt import backend as pipeline
-from fxopt.capture import trace
+from fxopt.capture import capture, trace
 from fxopt.fake import bound_arguments, value_of
 from fxopt.passes import precision
 from fxopt.precision import support
@@ -229,7 +229,7 @@ def test_deferred_logits_keep_no_copy_of_the_head() -> None:
     assert float((found - exact).norm()) <= 2 * float((near - exact).norm())
 
 
-@pytest.mark.parametrize("compute", ["bf16", "fp16"])
+@pytest.mark.parametrize("compute", ["bf16", pytest.param("fp16", marks=pytest.mark.slow)])
 def test_compiled_by_inductor(compute: str) -> None:
     """Through the backend itself, two steps: gradients by the fp64 rule, reports, nothing fallen back."""
     fxopt.clear_reports()
@@ -642,6 +642,48 @@ def test_a_checkpointed_body_that_writes_to_what_it_is_given() -> None:
     x, w = pair()
     for mine, right in zip(run(layers, x, w)[0], layers(x, w), strict=True):
         assert relative(mine, right) < 2**-5
+
+
+def dtypes_of(function: Callable[..., Any], target: Any, *inputs: Tensor) -> list[torch.dtype]:
+    """Of what `target` gives, in all bodies of `function` with a residual stream of 16 bits."""
+    found: list[torch.dtype] = []
+
+    def look(gm: fx.GraphModule, _: Any) -> Any:
+        policy = Policy.parse({"compute": "bf16", "residual": "bf16"})
+        assert policy is not None
+        made = precision.apply(capture(gm).module, policy).module
+        nodes = [node for module in submodules(made) for node in module.graph.nodes]
+        found.extend(value_of(node).dtype for node in nodes if node.target is target)
+        return gm.forward
+
+    torch.compile(function, backend=look)(*inputs)
+    return found
+
+
+def test_a_body_knows_what_it_is_given_and_its_caller_what_it_returns() -> None:
+    """Whole numbers, and what is made of products: else positions would be rounded in a checkpoint."""
+
+    def inside(x: Tensor, w: Tensor) -> Tensor:
+        return torch.utils.checkpoint.checkpoint(lambda a, b: a @ b, x, w, use_reentrant=False)
+
+    def passed_in(w: Tensor) -> Tensor:
+        return inside(torch.arange(600.0).view(75, 8), w)
+
+    def passed_out(w: Tensor) -> Tensor:
+        counted = torch.utils.checkpoint.checkpoint(
+            lambda b: (torch.arange(600.0).view(75, 8) * 1, b.exp()), w, use_reentrant=False
+        )
+        return counted[0] @ w + counted[1].sum()
+
+    def stream(x: Tensor, w: Tensor) -> Tensor:
+        wide, narrow = (x @ w).softmax(-1), x @ w
+        return torch.utils.checkpoint.checkpoint(torch.add, wide, narrow, use_reentrant=False)
+
+    x, w = pair()
+    assert dtypes_of(inside, aten.matmul.default, x, w) == [BF16]
+    assert dtypes_of(passed_in, aten.matmul.default, w) == [FP32]
+    assert dtypes_of(passed_out, aten.matmul.default, w) == [FP32]
+    assert dtypes_of(stream, aten.add.Tensor, x, w) == [BF16]
 
 
 def test_a_mask_is_no_part_of_the_residual_stream() -> None:

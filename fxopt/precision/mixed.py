@@ -29,6 +29,9 @@ __all__ = ["Mixed"]
 
 aten = torch.ops.aten
 
+Traits = tuple[bool, bool]
+"""Whether a node is in `Mixed.whole`, and whether in `Mixed.active`."""
+
 _WHOLE = "an operand holds whole numbers, positions say, which 16 bits would round"
 _STREAM = "the residual stream has 16 bits"
 _ALIKE = "the operator takes one dtype"
@@ -51,12 +54,14 @@ _ONE_DTYPE = frozenset(
 class Mixed:
     """The walk through one graph; the body of a checkpoint has a walk of its own.
 
-    given: for a body, its inputs as the caller passes them.
+    given: for a body, its inputs as the caller passes them, each with its `traits`.
+    whole: nodes that hold whole numbers as floats. active: nodes that are made of products or embeddings.
+    results: by call of a checkpoint, the traits of each of its results.
     kept:  (node, reason) of products that stay in fp32. paths: the module paths of the nodes seen.
     one_by_one: number and bytes of the casts if each use had its own (`Casts.bytes_one_by_one`).
     """
 
-    def __init__(self, gm: fx.GraphModule, policy: Policy, given: Sequence[Any] | None = None):
+    def __init__(self, gm: fx.GraphModule, policy: Policy, given: Sequence[tuple[Any, Traits]] | None = None):
         self.gm, self.policy = gm, policy
         self.given = None if given is None else iter(given)
         self.graph = fx.Graph()
@@ -66,6 +71,7 @@ class Mixed:
         self.env: dict[fx.Node, fx.Node] = {}
         self.whole: set[fx.Node] = set()
         self.active: set[fx.Node] = set()
+        self.results: dict[fx.Node, Sequence[Traits]] = {}
         self.regions: list[tuple[str, bool]] = []
         self.bodies: dict[str, fx.GraphModule] = {}
         self.kept: list[tuple[str, str]] = []
@@ -297,11 +303,13 @@ class Mixed:
 
     def is_whole(self, node: fx.Node, floats: Sequence[fx.Node]) -> bool:
         """Whether `node` holds whole numbers as floats, or is made of such: positions, distances."""
-        if not is_float(value_of(node)) or self.policy.class_of(node.target) != "follow":
+        if not is_float(value_of(node)):
+            return False
+        if node.target in (aten.arange.default, aten.arange.start, aten.arange.start_step):
+            return True
+        if self.policy.class_of(node.target) != "follow":
             return False
         if node.target is aten.to.dtype and counts(arguments(node)[0]):
-            return True
-        if node.target in (aten.arange.default, aten.arange.start, aten.arange.start_step):
             return True
         inherits = [self.env[one] in self.whole for one in floats]
         others = (one for one, whole in zip(floats, inherits, strict=True) if not whole)
@@ -334,10 +342,22 @@ class Mixed:
         """`node` on the new nodes, with the value it gives on them."""
         new = self.graph.node_copy(node, lambda one: self.env[one])
         if node.op == "placeholder" and self.given is not None:
-            new.meta["val"] = next(self.given)
+            new.meta["val"], traits = next(self.given)
+            self.mark(new, traits)
         elif node.target is operator.getitem:
+            source, at = arguments(new)
             new.meta["val"] = operator.getitem(*fx.node.map_arg(new.args, value_of))
+            self.mark(new, self.results[source][at] if source in self.results else self.traits(source))
         return self.put(node, new)
+
+    def traits(self, new: Any) -> Traits:
+        """Of a node of the new graph, or of a number, which has none."""
+        return new in self.whole, new in self.active
+
+    def mark(self, new: fx.Node, traits: Traits) -> None:
+        for has, nodes in zip(traits, (self.whole, self.active), strict=True):
+            if has:
+                nodes.add(new)
 
     def put(self, node: fx.Node, new: fx.Node) -> fx.Node:
         self.env[node] = new
@@ -394,7 +414,8 @@ class Mixed:
             one if not isinstance(one, fx.Node) else self.as_before(one, node) if shared else self.env[one]
             for one in arguments(node)[1:]  # numbers among them, which Dynamo passes for sizes
         ]
-        walk = Mixed(operator.attrgetter(name)(self.gm), self.policy, [value_of(one) for one in given])
+        passed = [(value_of(one), self.traits(one)) for one in given]
+        walk = Mixed(operator.attrgetter(name)(self.gm), self.policy, passed)
         walk.regions = list(self.regions)
         body = walk.run()
         self.kept += walk.kept
@@ -409,6 +430,8 @@ class Mixed:
         new = self.graph.create_node(node.op, node.target, (self.env[arguments(node)[0]], *given), dict(node.kwargs))
         results = next(iter(reversed(body.graph.nodes))).args[0]
         new.meta = dict(node.meta) | {"val": fx.node.map_arg(results, value_of)}
+        if isinstance(results, tuple | list):
+            self.results[new] = [walk.traits(one) for one in results]
         self.put(node, new)
 
     def hoisted(self, outer: fx.Node, inner: fx.Node, node: fx.Node) -> fx.Node:
