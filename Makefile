@@ -49,6 +49,7 @@ bench: $(READY)  ## measure on this machine and rewrite the README's table (abou
 	$(BIN)/python bench/norm.py --json $(RESULTS)/norm.json || code=1; \
 	$(BIN)/python bench/precision.py --json $(RESULTS)/precision.json || code=1; \
 	$(BIN)/python bench/memory.py --json $(RESULTS)/memory.json || code=1; \
+	$(BIN)/python bench/explain.py --json $(RESULTS)/explain.json || code=1; \
 	$(BIN)/python bench/memory_model.py --json $(RESULTS)/memory_model.json || code=1; \
 	$(BIN)/python bench/readme.py && exit $$code
 

@@ -10,6 +10,7 @@ import statistics
 import sys
 from typing import Any
 
+import explain
 import memory
 from measure import RESULTS, ROOT, busy_warning, machine_line
 from precision import AUTOCAST, FP32, OURS, TARGETS, curve_summary, error_cells
@@ -235,7 +236,20 @@ def model_text() -> str:
     )
 
 
+def explain_text() -> str:
+    """Return what stands between the markers of docs/inspection.md."""
+    result = load("explain")
+    found, layers = explain.summary(result["samples"]), result["layers"]
+    opens = f"opens in {found['open_s']:.1f} s in Chromium" if "open_s" in found else "was not opened in a browser"
+    return (
+        f"`bench/explain.py`, on {machine_line(result['machine'])}: explaining a Llama of {layers} layers takes "
+        f"{found['explain_s']:.1f} s and its page {found['html_s']:.1f} s, {found['ratio']:.2f}x of the "
+        f"{found['compile_s']:.0f} s that compiling it takes. The page has {found['mib']:.1f} MiB and {opens}."
+    )
+
+
 PAGES = {
+    "docs/inspection.md": explain_text,
     "README.md": measured_text,
     "docs/precision.md": precision_text,
     "docs/memory.md": memory_text,

@@ -61,6 +61,23 @@ class Trainer:
         squares = sum(p.grad.double().square().sum() for p in self.model.parameters() if p.grad is not None)
         return {"loss": loss.item(), "grad_norm": float(squares) ** 0.5}
 
+    def explain(self, html: str) -> dict[str, Any]:
+        """Write the page of `fxopt.explain` to `html`; return the seconds of both, its bytes and the verdict."""
+        import fxopt
+
+        inputs: dict[str, Any] = dict(self.inputs)
+        start = time.perf_counter()
+        report = fxopt.explain(self.model, **inputs)
+        explained = time.perf_counter()
+        path = report.to_html(html)
+        written = time.perf_counter()
+        return {
+            "explain_s": explained - start,
+            "html_s": written - explained,
+            "bytes": path.stat().st_size,
+            "verdict": report.verdict,
+        }
+
     def report(self) -> dict[str, Any]:
         """Return what fxopt says it did: the verdict, the rules that fired and the seconds of its stages."""
         if not self.backend.startswith("fxopt"):
