@@ -119,6 +119,7 @@ def test_json_is_a_list_of_what_each_configuration_uses_and_nothing_else(
     assert 0 < copy["registers"] < matrices["registers"] <= 255
 
 
+@pytest.mark.slow
 def test_candidates_are_compiled_when_asked_for_and_may_be_wrong(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

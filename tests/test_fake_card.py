@@ -234,6 +234,7 @@ def test_a_backend_of_sdpa_that_is_chosen_is_what_is_in_the_graph() -> None:
     assert len(found["inductor"].graph["refusals"]) == 8
 
 
+@pytest.mark.slow
 def test_mixed_precision_decides_the_dtype_of_kernels() -> None:
     """Under autocast, and by explicit casts: then norms round their results, and no launch is followed by a cast."""
     wide = model("llama") | {"dtype": "float32"}

@@ -61,7 +61,7 @@ def test_generate_of_the_compiled_wrapper() -> None:
     assert torch.equal(call.generate(prompt, max_new_tokens=3, do_sample=False), expected)
 
 
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("mode", [torch.no_grad, pytest.param(torch.inference_mode, marks=pytest.mark.slow)])
 def test_eval_with_and_without_labels(mode: Callable[[], Any]) -> None:
     """After a training step, `eval()` with labels gives loss and logits, without them logits and no loss."""
     model, inputs = small()
@@ -81,7 +81,7 @@ def test_eval_with_and_without_labels(mode: Callable[[], Any]) -> None:
             compare(_step(found), _step(theirs), _step(right)).check()
 
 
-@pytest.mark.parametrize("as_tensor", [True, False])
+@pytest.mark.parametrize("as_tensor", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_gradient_accumulation_with_num_items(as_tensor: bool) -> None:
     """The sum of two micro-batches over the number of words in both, as `Trainer` does it."""
     model, first = small(mask="right")
