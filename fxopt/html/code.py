@@ -14,6 +14,9 @@ from fxopt.report import GraphReport
 
 __all__ = ["kernels", "style"]
 
+PREFIX = "py-"
+"""Of the classes of tokens: the page has short names of its own."""
+
 
 def kernels(graph: GraphReport) -> list[dict[str, Any]]:
     """Each generated kernel once: name, sites, path and source; what the dump no longer has is said to be gone."""
@@ -30,13 +33,15 @@ def kernels(graph: GraphReport) -> list[dict[str, Any]]:
 
 def _source(path: Any) -> Markup:
     try:
-        return Markup(pygments.highlight(path.read_text(), PythonLexer(), HtmlFormatter(cssclass="code")))
+        return Markup(
+            pygments.highlight(path.read_text(), PythonLexer(), HtmlFormatter(cssclass="code", classprefix=PREFIX))
+        )
     except OSError:
         return Markup("<p>the file is not there any more</p>")
 
 
 def style() -> str:
     """Rules for both themes."""
-    light = HtmlFormatter(style="default").get_style_defs("[data-theme=light] .code")
-    dark = HtmlFormatter(style="github-dark").get_style_defs("[data-theme=dark] .code")
+    light = HtmlFormatter(style="default", classprefix=PREFIX).get_style_defs("[data-theme=light] .code")
+    dark = HtmlFormatter(style="github-dark", classprefix=PREFIX).get_style_defs("[data-theme=dark] .code")
     return f"{light}\n{dark}\n.code, [data-theme] .code {{ background: transparent; }}"
