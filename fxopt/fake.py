@@ -38,6 +38,22 @@ def value_of(node: Any) -> Any:
     return node.meta.get("example_value") if value is None else value
 
 
+def stand_in(value: Any) -> Any:
+    """A new fake tensor like `value`, with the sizes it was traced with for symbolic ones; sizes as such numbers.
+
+    To be called within a `FakeTensorMode`. No guard is installed. Strides and the alignment of the first element stay.
+    """
+    if not isinstance(value, torch.Tensor):
+        return compat.size_hint(value)
+    shape, strides = (tuple(map(compat.size_hint, sizes)) for sizes in (value.shape, value.stride()))
+    made = torch.empty_strided(shape, strides, dtype=value.dtype, device=value.device)
+    offset = compat.size_hint(value.storage_offset())
+    if not offset:
+        return made
+    storage = made.untyped_storage().nbytes() // made.element_size()
+    return made.new_empty(offset + storage).as_strided(shape, strides, offset)
+
+
 @contextlib.contextmanager
 def ambient_state() -> Iterator[None]:
     """Restore grad mode and autocast on leaving, whatever switches the graph holds."""

@@ -55,22 +55,26 @@ class Model(nn.Module):
         return x.square().mean()
 
 
-def joint_of(function: Callable[..., Any], *inputs: Any) -> tuple[Joint, Any]:
-    """The joint graph of `function`, read for a CPU, and which of its forward nodes torch keeps."""
-    found: list[tuple[Joint, Any]] = []
-
-    def look(graph: fx.Graph, info: Any, stock: Callable[[], Any], outputs: int) -> Any:
-        chosen = stock()
-        joint = read(graph, info.is_required_fw, outputs, CPU)
-        found.append((joint, joint.mask(chosen)))
-        return chosen
+def reading(found: list[tuple[Joint, Any]]) -> Callable[..., Any]:
+    """A backend that puts the joint graph, read for a CPU, and which of its forward nodes torch keeps into `found`."""
 
     def partition(joint: fx.GraphModule, given: Any, **how: Any) -> Any:
-        outputs = how["num_fwd_outputs"]
-        return compat.partition(joint, given, lambda *of: look(*of, outputs), **how)
+        def look(graph: fx.Graph, info: Any, stock: Callable[[], Any]) -> Any:
+            chosen = stock()
+            joint = read(graph, info.is_required_fw, how["num_fwd_outputs"], CPU)
+            found.append((joint, joint.mask(chosen)))
+            return chosen
 
+        return compat.partition(joint, given, look, **how)
+
+    return compat.aot_backend_by(partition)
+
+
+def joint_of(function: Callable[..., Any], *inputs: Any) -> tuple[Joint, Any]:
+    """The joint graph of `function`, and which of its forward nodes torch keeps."""
+    found: list[tuple[Joint, Any]] = []
     torch.compiler.reset()
-    torch.compile(function, backend=compat.aot_backend_by(partition))(*inputs)
+    torch.compile(function, backend=reading(found))(*inputs)
     return found[0]
 
 

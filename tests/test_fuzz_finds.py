@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from graphs import captured, targets
+from planned import reading
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fxopt import compat
+from fxopt.capture import capture
 from fxopt.differential import same_function
 from fxopt.passes import precision
 from fxopt.passes.attention import RULE
+from fxopt.passes.linear_cross_entropy import RULE as LOSS
 from fxopt.precision.policy import Policy
 from fxopt.rewrite import apply_rule
 from fxopt.verify import VerificationError
@@ -102,3 +106,23 @@ def test_a_checkpointed_body_that_takes_a_number_is_cast() -> None:
     policy = Policy.parse("bf16")
     assert policy is not None
     assert "aten.to.dtype" in targets(precision.apply(graph, policy).module)
+
+
+def test_what_an_operator_holds_is_planned_for_by_hints_where_sizes_change() -> None:
+    """The loss's formula needs numbers; without them its graph had no plan, and no budget was kept."""
+    weight = torch.randn(31, 16, requires_grad=True)
+    found: list[Any] = []
+    for dynamic in (False, True):
+        hidden, labels = torch.randn(10, 16), torch.arange(10)
+        if dynamic:
+            for tensor in (hidden, labels):
+                torch._dynamo.mark_dynamic(tensor, 0)
+
+        def backend(gm: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+            graph = apply_rule(LOSS, capture(gm).module, force=True).module
+            return reading(found)(graph, inputs)
+
+        torch.compiler.reset()
+        torch.compile(lambda h, y: F.cross_entropy(F.linear(h, weight), y), backend=backend)(hidden, labels)
+    static, symbolic = (max(joint.running) for joint, _ in found)
+    assert static == symbolic > 0

@@ -17,7 +17,7 @@ from torch import fx
 
 from fxopt import compat
 from fxopt.effects import storage_of
-from fxopt.fake import bound_arguments, value_of
+from fxopt.fake import bound_arguments, stand_in, value_of
 from fxopt.memory.blocks import Blocks
 from fxopt.memory.cost import bytes_of, described, flops_of, seconds_of
 from fxopt.memory.rates import Device
@@ -277,10 +277,11 @@ def _is_tensor(node: fx.Node) -> bool:
 
 def _running(node: fx.Node) -> int:
     """Bytes that one of fxopt's operators holds while it runs; of a tuple's parts, that are counted later, too."""
-    try:
-        found = memory_of(node.target, *map(value_of, node.args), **{k: value_of(v) for k, v in node.kwargs.items()})
-    except (TypeError, ValueError):  # symbolic sizes
+    if getattr(node.target, "namespace", "") != "fxopt":
         return 0
+    with compat.FakeTensorMode():
+        given = compat.pytree.tree_map(stand_in, fx.node.map_arg((node.args, node.kwargs), value_of))
+        found = memory_of(node.target, *given[0], **given[1])
     if found is None:
         return 0
     return found.workspace + (0 if _is_tensor(node) else found.outputs)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fxopt import compat
+from fxopt.fake import stand_in
 from fxopt.kernels.source import Kernel
 from fxopt.ops.launch import Launch, Noting
 
@@ -24,7 +25,7 @@ def kernels_of(op: Any, args: Sequence[Any], kwargs: Mapping[str, Any], read: Co
     Raises what the operator raises.
     """
     with compat.FakeTensorMode(), Noting() as noted, torch.enable_grad():
-        given, named = compat.pytree.tree_map(_stand_in, (tuple(args), dict(kwargs)))
+        given, named = compat.pytree.tree_map(_differentiable, (tuple(args), dict(kwargs)))
         found = op(*given, **named)
         outputs = [one for at, one in enumerate(found) if at in read] if isinstance(found, tuple) else [found]
         inputs, results = ([one for one in _tensors(some) if one.requires_grad] for some in ((given, named), outputs))
@@ -34,16 +35,9 @@ def kernels_of(op: Any, args: Sequence[Any], kwargs: Mapping[str, Any], read: Co
     return noted.kernels
 
 
-def _stand_in(value: Any) -> Any:
-    if not isinstance(value, Tensor):
-        return compat.size_hint(value)
-    shape, strides = (tuple(map(compat.size_hint, sizes)) for sizes in (value.shape, value.stride()))
-    made = torch.empty_strided(shape, strides, dtype=value.dtype, device=value.device)
-    offset = compat.size_hint(value.storage_offset())
-    if offset:  # kernels are specialised on the alignment of what they are given
-        storage = made.untyped_storage().nbytes() // made.element_size()
-        made = made.new_empty(offset + storage).as_strided(shape, strides, offset)
-    return made.requires_grad_(value.requires_grad)
+def _differentiable(value: Any) -> Any:
+    made = stand_in(value)
+    return made.requires_grad_(value.requires_grad) if isinstance(value, Tensor) else made
 
 
 def _tensors(values: Any) -> list[Tensor]:

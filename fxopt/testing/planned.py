@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import fx
 
 from fxopt import compat
-from fxopt.fake import value_of
+from fxopt.fake import stand_in, value_of
 from fxopt.memory.plan import Plan
 from fxopt.memory.replay import GRADIENTS, KEPT, OUTPUTS, Ledger, Replay
 from fxopt.memory.request import Request
@@ -68,7 +67,7 @@ def replay(forward: fx.GraphModule, backward: fx.GraphModule, outputs: int) -> R
     ledger, values = Ledger(), dict[str, Any]()
     with compat.FakeTensorMode(allow_non_fake_inputs=True):
         for node in forward.graph.find_nodes(op="placeholder"):
-            values[node.name] = _fresh(value_of(node))
+            values[node.name] = stand_in(value_of(node))
         resident = list(values.values())
         ledger.ignore(resident)
         results = _Counted(forward, ledger).run(*resident)
@@ -78,7 +77,7 @@ def replay(forward: fx.GraphModule, backward: fx.GraphModule, outputs: int) -> R
         turn = len(ledger.events)
         values |= dict(zip(names[outputs:], results[outputs:], strict=True))
         given = [
-            values[node.name] if node.name in values else _fresh(value_of(node))
+            values[node.name] if node.name in values else stand_in(value_of(node))
             for node in backward.graph.find_nodes(op="placeholder")
         ]
         held = results[:outputs]
@@ -99,10 +98,3 @@ def _boxed(gm: fx.GraphModule, given: list[Any], ledger: Ledger) -> Any:
     given.clear()
     del arguments
     return run.run(initial_env=dict(run.env))
-
-
-def _fresh(value: Any) -> Any:
-    if not isinstance(value, torch.Tensor):
-        return compat.size_hint(value)
-    sizes, strides = ([compat.size_hint(one) for one in many] for many in (value.shape, value.stride()))
-    return torch.empty_strided(sizes, strides, dtype=value.dtype, device=value.device)
