@@ -23,6 +23,7 @@ from fxopt.memory.measured import watched
 from fxopt.memory.plan import Plan
 from fxopt.options import Options
 from fxopt.outputs import OutputPlan, defer_outputs
+from fxopt.pace import paced
 from fxopt.passes import precision
 from fxopt.precision.policy import Policy
 from fxopt.report import GraphReport, Report, record, reports
@@ -65,7 +66,7 @@ def fxopt(
     chooser = chooser_for(parsed, patches)
     found, compiled = run(gm, example_inputs, parsed, compiler, name, chooser, limited=limited, plan=lambda: plans[0])
     record(Report([found]))
-    return compiled
+    return paced(compiled, found.steps)
 
 
 def compile_planned(

@@ -19,6 +19,7 @@ from fxopt.choice import Choice, Measured
 from fxopt.errors import ReportError
 from fxopt.memory.plan import Plan
 from fxopt.outline import Outline
+from fxopt.pace import usual
 from fxopt.precision.casts import Cast
 from fxopt.report_format import FORMAT, readable
 from fxopt.rule import Place, Refusal, Rewrite
@@ -64,6 +65,8 @@ class GraphReport:
     plan:     the memory plan; None without a budget.
     inputs:   how many inputs of the Dynamo graph are of each kind ("float32[64, 64]"): what tells models apart.
     checks:   what was verified, in order.
+    steps:    seconds from one call of the compiled graph to the next, the newest 32: a training step, with the
+              optimizer and whatever else the script does.
     outline:  the graphs after each stage, where they are recorded (`fxopt.explain`, a dump); else None.
     """
 
@@ -74,6 +77,7 @@ class GraphReport:
     deferred: list[str] = dataclasses.field(default_factory=list)
     notes: list[str] = dataclasses.field(default_factory=list)
     timings: dict[str, float] = dataclasses.field(default_factory=dict)
+    steps: list[float] = dataclasses.field(default_factory=list)
     nodes: dict[str, int] = dataclasses.field(default_factory=dict)
     files: list[Path] = dataclasses.field(default_factory=list)
     kernels: list[SiteKernel] = dataclasses.field(default_factory=list)
@@ -140,6 +144,11 @@ class Report:
             for stage, seconds in graph.timings.items():
                 total[stage] += seconds
         return dict(total)
+
+    @property
+    def step_seconds(self) -> float | None:
+        """Median seconds of a step, once some have run; of a step of several graphs each has the same pace."""
+        return max((found for graph in self.graphs if (found := usual(graph.steps)) is not None), default=None)
 
     @property
     def verdict(self) -> str:
@@ -218,6 +227,8 @@ def _tables(graph: GraphReport) -> Any:
         yield Text(f"deferred: {name} is computed when it is first read")
     for note in graph.notes:
         yield Text(f"note: {note}")
+    if (step := usual(graph.steps)) is not None:
+        yield Text(f"a step took {step:.3g} s, the median of {len(graph.steps)}")
     if graph.timings:
         yield Text("time: " + ", ".join(f"{stage} {seconds:.2f} s" for stage, seconds in graph.timings.items()))
     for file in graph.files:

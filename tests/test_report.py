@@ -3,11 +3,13 @@
 import json
 import subprocess
 import sys
+import time
 
 import torch
 from models import build
 
 import fxopt
+from fxopt.html.page import render
 from fxopt.report import Report
 
 
@@ -106,3 +108,21 @@ def run_all(scripts):
     done = subprocess.run([sys.executable, "-c", each, *scripts], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-2000:]
     assert done.stdout.count("backward ran") == len(scripts)
+
+
+def test_a_step_has_a_time_once_some_have_run():
+    fxopt.clear_reports()
+    layer = torch.nn.Linear(4, 4)
+    compiled = torch.compile(lambda x: layer(x).sum(), backend=fxopt.backend.fxopt)
+    (start, times) = time.perf_counter(), []
+    for at in range(40):
+        compiled(torch.randn(3, 4)).backward()
+        times.append(fxopt.reports()[0].step_seconds)
+        assert (times[-1] is None) == (at < 3)
+    (report,) = fxopt.reports()
+    assert len(report.graphs[0].steps) == 32
+    assert sum(report.graphs[0].steps) < time.perf_counter() - start
+    assert 0 < report.step_seconds < 1
+    assert "a step took" in str(report)
+    assert f"{report.step_seconds:.3g} s</b><span>a step, median" in render(report)
+    assert Report.from_json(report.to_json()).step_seconds == report.step_seconds

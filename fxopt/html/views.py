@@ -45,6 +45,8 @@ def tiles(report: Report, memories: Sequence[Mapping[str, Any] | None]) -> list[
         Tile(str(done), _plural("site", done) + " rewritten", "good" if done else ""),
         Tile(str(left), _plural("site", left) + " left alone"),
     ]
+    if report.step_seconds is not None:
+        found.append(Tile(f"{report.step_seconds:.3g} s", "a step, median"))
     found += [tile for chart in memories if chart is not None for tile in _peaks(chart)]
     if report.casts:
         found.append(Tile(str(len(report.casts)), f"casts, {mib(sum(one.bytes for one in report.casts))}"))
