@@ -27,7 +27,7 @@ from torch._ops import HigherOrderOperator, OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.experimental.symbolic_shapes import ShapeEnv, guard_or_false
+from torch.fx.experimental.symbolic_shapes import ShapeEnv, guard_or_false, statically_known_true
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._python_dispatch import _disable_current_modes as outside_dispatch_modes
@@ -78,6 +78,7 @@ __all__ = [
     "size_expression",
     "size_hint",
     "size_text",
+    "statically_known_true",
     "symbolic",
     "tag_activation_checkpoint",
     "trace_artifact",

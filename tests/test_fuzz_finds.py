@@ -126,3 +126,15 @@ def test_what_an_operator_holds_is_planned_for_by_hints_where_sizes_change() -> 
         torch.compile(lambda h, y: F.cross_entropy(F.linear(h, weight), y), backend=backend)(hidden, labels)
     static, symbolic = (max(joint.running) for joint, _ in found)
     assert static == symbolic > 0
+
+
+def test_rows_of_logits_and_of_labels_are_one_size_by_the_loss_that_needs_them_to_be() -> None:
+    """Each has symbols of its own, and the guard that the loss installs says that the products are equal."""
+    weight = torch.randn(31, 16, requires_grad=True)
+
+    def fn(h: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(F.linear(h, weight).reshape(-1, 31), labels.reshape(-1), reduction="none")
+
+    with torch.fx.experimental._config.patch(use_duck_shape=False):  # as where sizes were found to change
+        graph = captured(fn, torch.randn(3, 5, 16), torch.arange(15).view(3, 5), dynamic=True).module
+    assert len(apply_rule(LOSS, graph, force=True).rewrites) == 1

@@ -345,7 +345,7 @@ class Run:
 
 def _by_plan(graph: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
     """Compiled as a budget has it compiled."""
-    options = Options.parse({"memory_budget": 1, "optimizer": 0.0, "infeasible": "minimum"})
+    options = Options(memory_budget=_LOWEST.budget, optimizer=_LOWEST.optimizer, infeasible=_LOWEST.infeasible)
     return pipeline.compile_planned(graph, inputs, {}, "fuzz", options, "graph 0")[0]
 
 
