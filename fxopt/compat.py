@@ -99,8 +99,8 @@ STATE_SWITCHES: frozenset[Any] = frozenset({_set_grad_enabled, ENTER_AUTOCAST, E
 """Nodes that change ambient state for the nodes after them: grad mode and autocast regions."""
 
 
-DYNAMO_CONTROL = (RestartAnalysis, ShortenTraceback, SkipFrame)
-"""Exceptions by which a backend and Dynamo talk; they are no failures."""
+DYNAMO_CONTROL = (RestartAnalysis, SkipFrame, PassesThroughDynamo)
+"""Exceptions by which a backend talks to Dynamo and to the user; they are no failures, as Inductor's own are."""
 
 
 def ends_in_break(gm: fx.GraphModule) -> bool:
