@@ -19,8 +19,9 @@ from fxopt.draw import SeededDraw
 from fxopt.passes import linear_cross_entropy
 from fxopt.testing import fuzz, modules
 from fxopt.testing.corpus import Corpus
+from fxopt.testing.judge import run
 from fxopt.testing.random_modules import ModuleSpec
-from fxopt.testing.trial import Trial, draw_trial, judgeable, run
+from fxopt.testing.trial import Trial, draw_trial, judgeable
 
 
 def in_order(count: int, **wanted: Any) -> list[Trial]:

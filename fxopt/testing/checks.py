@@ -19,10 +19,11 @@ from fxopt.fake import propagate
 from fxopt.rewrite import copy_module
 from fxopt.rule import Rule
 from fxopt.testing.graphs import targets
+from fxopt.testing.judge import Run, Verdict
 from fxopt.testing.laws import check_laws, check_symbolic, chosen_of
 from fxopt.testing.random_modules import ModuleSpec
 from fxopt.testing.strategies import drawn_with_code, modules
-from fxopt.testing.trial import HOW, OPTIONS, Run, Trial, Verdict
+from fxopt.testing.trial import HOW, OPTIONS, Trial
 
 Pass = Callable[[fx.GraphModule], fx.GraphModule | None]
 """From a canonical graph to one: a new one, or the same, changed in place, and then it may return None."""

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from fxopt.commands import UsageError
-from fxopt.testing.trial import Trial, Verdict
+from fxopt.testing.judge import Verdict
+from fxopt.testing.trial import Trial
 
 _REPRO = '''"""{kind}: {failure}
 
@@ -28,7 +29,8 @@ How: {how}
 
 # {source}
 
-from fxopt.testing.trial import Trial, run
+from fxopt.testing.judge import run
+from fxopt.testing.trial import Trial
 
 CASE = Trial.from_json({case!r})
 

@@ -24,8 +24,9 @@ from fxopt.commands import UsageError
 from fxopt.draw import SeededDraw
 from fxopt.rule import Draw
 from fxopt.testing.corpus import Corpus
+from fxopt.testing.judge import Verdict, run, run_together
 from fxopt.testing.random_modules import draw_part
-from fxopt.testing.trial import Trial, Verdict, draw_trial, judgeable, run, run_together, together
+from fxopt.testing.trial import Trial, draw_trial, judgeable, together
 
 TOGETHER = 8
 """Cases of one module: Dynamo's trace and the capture are two thirds of what a case takes."""
