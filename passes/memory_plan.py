@@ -32,7 +32,7 @@ from fxopt.memory.replay import Replay, replay
 from fxopt.memory.request import Request
 from fxopt.memory.resident import found_optimizer, inputs_of, optimizer_bytes, resident_bytes
 from fxopt.memory.solve import Solution
-from fxopt.memory.steps import ALONE, Piece, Step, earlier_pieces, note_piece
+from fxopt.memory.steps import ALONE, EARLIER, Piece, Step, earlier_pieces, note_piece
 from fxopt.memory.units import show_bytes
 from fxopt.version import VERSION
 
@@ -104,8 +104,8 @@ def planned(cut: Cut, request: Request, budget: int, step: Step = ALONE) -> tupl
         optimizer = ASSUMED_OPTIMIZER
         notes.append(f"no optimizer was found and none was named: {optimizer} is counted (option optimizer)")
     state = optimizer_bytes(optimizer, cut.inputs)
-    resident = resident_bytes(cut.inputs, state, request.accumulation, known)
-    fixed = sum(resident.values()) + step.held + int(known.margin * budget)
+    resident = step.resident(resident_bytes(cut.inputs, state, request.accumulation, known))
+    fixed = sum(resident.values()) + int(known.margin * budget)
     notes += step.told()
     decision = _decided(cut, request, budget, fixed, step.share, resident, notes)
     saved = None if decision.solution is None else cut.names(decision.solution)
@@ -268,7 +268,8 @@ def planning(gm: fx.GraphModule, request: Request, options: str, name: str = "gr
     finally:
         del _OPEN[found.partitioner.name]
     if found.plan is not None:
-        note_piece(Piece(name, sum(found.plan.resident.values()), found.plan.retained), step.more)
+        own = sum(size for what, size in found.plan.resident.items() if what != EARLIER)
+        note_piece(Piece(name, own, found.plan.retained), step.more)
 
 
 def _device_of(gm: fx.GraphModule) -> torch.device:

@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import contextvars
 import dataclasses
+from collections.abc import Mapping
 
 from fxopt.memory.units import show_bytes
 
-__all__ = ["ALONE", "Piece", "Step", "earlier_pieces", "note_piece"]
+__all__ = ["ALONE", "EARLIER", "Piece", "Step", "earlier_pieces", "note_piece"]
 
 SHARE = 0.5
+EARLIER = "earlier graphs of the step"
+"""What a plan calls the bytes that those hold while its own graph runs."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """A graph of the step that is compiled. resident, retained: as its plan has them, bytes."""
+    """A graph of the step that is compiled. resident, retained: bytes of its own, as its plan has them."""
 
     name: str
     resident: int
@@ -41,6 +44,10 @@ class Step:
     def share(self) -> float:
         """Of what is left, what this piece may take."""
         return SHARE if self.more else 1.0
+
+    def resident(self, own: Mapping[str, int]) -> dict[str, int]:
+        """Bytes by what holds them besides a graph: its own, and what is held of the pieces before it."""
+        return {**own, EARLIER: self.held} if self.earlier else dict(own)
 
     def told(self) -> list[str]:
         """What the report says of it, a sentence each; nothing where the graph is all there is."""

@@ -15,6 +15,7 @@ import fxopt
 from fxopt.errors import BudgetError
 from fxopt.fallback import FxoptWarning
 from fxopt.memory.plan import KEPT, RECOMPUTED, Plan
+from fxopt.memory.steps import EARLIER
 from fxopt.passes import memory_plan
 
 
@@ -140,6 +141,9 @@ def test_graphs_of_one_step_share_the_budget() -> None:
     one, other = [report.plans[0] for report in fxopt.reports() if report.plans]
     assert any("half of what is left" in note for note in one.notes)
     assert any("shared with graph 0" in note for note in other.notes)
+    held = other.parts[EARLIER]
+    assert held == sum(one.resident.values()) + one.retained
+    assert other.predicted > held
 
 
 @pytest.mark.slow
