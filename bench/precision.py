@@ -310,13 +310,20 @@ def measure_curve(options: argparse.Namespace, console: Console) -> dict[str, An
 
 
 def curve_summary(found: dict[str, list[list[float]]]) -> dict[str, float]:
-    """Over the last half of the steps: how far bf16 is from fp32 of its seed, and fp32 of a seed from another's."""
+    """Over the last half of the steps, means: how far bf16 is from fp32 of its seed, and fp32 of a seed from another's;
+    and the most of both, which with three seeds say little."""
     half = len(found[FP32][0]) // 2
     late = {name: [torch.tensor(curve[half:]) for curve in curves] for name, curves in found.items()}
     apart = [float((ours - wide).abs().mean()) for ours, wide in zip(late[OURS], late[FP32], strict=True)]
     pairs = [(a, b) for at, a in enumerate(late[FP32]) for b in late[FP32][:at]]
     spread = [float((a - b).abs().mean()) for a, b in pairs]
-    return {"bf16 from fp32": max(apart), "fp32 between seeds": min(spread) if spread else math.nan}
+    pairs_or_none = spread or [math.nan]
+    return {
+        "bf16 from fp32": statistics.mean(apart),
+        "fp32 between seeds": statistics.mean(pairs_or_none),
+        "bf16 from fp32, the most": max(apart),
+        "fp32 between seeds, the most": max(pairs_or_none),
+    }
 
 
 def show_curve(found: dict[str, Any], console: Console) -> None:
@@ -355,7 +362,7 @@ def problems(results: dict[str, Any]) -> list[str]:
             if ratio.low > TARGETS["error against autocast"]:
                 wrong.append(f"{name}: error of {what} is {ratio} autocast's")
     if "curve" in results:
-        apart, spread = curve_summary(results["curve"]).values()
+        apart, spread, *_ = curve_summary(results["curve"]).values()
         if apart > spread:
             wrong.append(f"curve: bf16 is {apart:.4f} from fp32, seeds only {spread:.4f}")
     return wrong

@@ -162,12 +162,12 @@ def errors_table(found: dict[str, Any]) -> list[str]:
 
 def curve_line(found: dict[str, Any]) -> str:
     """Return how far training in bf16 is from fp32 in a sentence."""
-    apart, spread = curve_summary(found).values()
+    apart, spread, most, widest = curve_summary(found).values()
     seeds, steps = len(found[FP32]), len(found[FP32][0])
     return (
         f"Training the demo's model for {steps} steps from {seeds} seeds: over the last half the loss in bf16 is on "
-        f"average {apart:.4f} from that in fp32 of its seed (the worst seed), and two seeds in fp32 are {spread:.4f} "
-        "from one another (the nearest two)."
+        f"average {apart:.3f} from that in fp32 of its seed ({most:.3f} for the worst), and that of two seeds in fp32 "
+        f"{spread:.3f} ({widest:.3f} for the two farthest)."
     )
 
 

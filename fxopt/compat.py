@@ -19,6 +19,7 @@ import sympy
 import torch
 from torch import fx
 from torch._C import _set_grad_enabled
+from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.exc import RestartAnalysis, ShortenTraceback, SkipFrame
 from torch._functorch import partitioners
 from torch._guards import tracing
@@ -58,7 +59,6 @@ __all__ = [
     "forbid_data_pointer",
     "fusible",
     "guard_or_false",
-    "ignoring_fresh_symbols",
     "inductor_cache_directory",
     "inductor_option_names",
     "inherit_from_dynamo",
@@ -74,6 +74,7 @@ __all__ = [
     "pytree",
     "records_cuda_graphs",
     "returns_aligned",
+    "running_symbolic",
     "shielded_from_autocast",
     "size_expression",
     "size_hint",
@@ -138,10 +139,19 @@ def fake_mode_of(values: Any) -> FakeTensorMode | None:
 
 
 @contextlib.contextmanager
-def ignoring_fresh_symbols(mode: FakeTensorMode | None) -> Iterator[None]:
-    """Within, data-dependent sizes (`.item()`, `nonzero`) make symbols that nobody waits to see bound to a node."""
+def running_symbolic(mode: FakeTensorMode | None) -> Iterator[None]:
+    """Within, operators can be run on the fake tensors of `mode`, whose sizes may be symbols.
+
+    Data-dependent sizes (`.item()`, `nonzero`) make symbols that nobody waits to see bound to a node. Where there are
+    others, composite operators go by their decompositions in Python, as when Dynamo traces: those in C++ ask for plain
+    numbers in torch 2.11 (`aten.linear` of a view).
+    """
     shape_env = getattr(mode, "shape_env", None)
-    with shape_env.ignore_fresh_unbacked_symbols() if shape_env is not None else contextlib.nullcontext():
+    with contextlib.ExitStack() as stack:
+        if shape_env is not None:
+            stack.enter_context(shape_env.ignore_fresh_unbacked_symbols())
+            if shape_env.backed_var_to_val:
+                stack.enter_context(enable_python_dispatcher())
         yield
 
 
@@ -214,7 +224,7 @@ def is_batched(value: torch.Tensor) -> bool:
 def trace_atens(fn: Callable[..., Any], values: Sequence[Any]) -> fx.GraphModule:
     """Trace `fn` on fake or symbolic `values` to ATen above autograd, so that composite operators stay whole."""
     mode = fake_mode_of(values)
-    with mode or FakeTensorMode(allow_non_fake_inputs=True), ignoring_fresh_symbols(mode):
+    with mode or FakeTensorMode(allow_non_fake_inputs=True), running_symbolic(mode):
         return make_fx(fn, pre_dispatch=True, tracing_mode="real", _allow_non_fake_inputs=True)(*values)
 
 

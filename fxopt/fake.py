@@ -91,7 +91,7 @@ def propagate(gm: fx.GraphModule) -> None:
     """
     inputs = [value_of(node) for node in gm.graph.nodes if node.op == "placeholder"]
     mode = compat.fake_mode_of([*inputs, *(value_of(node) for node in gm.graph.nodes)])
-    with ambient_state(), mode or contextlib.nullcontext(), compat.ignoring_fresh_symbols(mode):
+    with ambient_state(), mode or contextlib.nullcontext(), compat.running_symbolic(mode):
         _Propagator(gm, garbage_collect_values=False).run(*inputs)
 
 

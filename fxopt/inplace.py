@@ -177,7 +177,7 @@ def _evaluated(node: fx.Node, target: Any) -> Any:
     mode, autocast = compat.fake_mode_of([args, kwargs]), node.meta["autocast"]
     device = next(_tensors(node)).device.type
     region = torch.autocast(device, autocast, enabled=True) if autocast is not None else _no_autocast(device)
-    with ambient_state(), mode or contextlib.nullcontext(), compat.ignoring_fresh_symbols(mode), region:
+    with ambient_state(), mode or contextlib.nullcontext(), compat.running_symbolic(mode), region:
         torch.set_grad_enabled(node.meta["grad"])
         try:
             return target(*args, **kwargs)

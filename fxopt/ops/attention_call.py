@@ -156,20 +156,20 @@ class Attention:
 
     @functools.cached_property
     def operand_k(self) -> Tensor:
-        """k as an operand, contiguous: rows that lie H * D apart make products take twice the time in bf16."""
-        return self.k.to(self.operand_dtype, memory_format=torch.contiguous_format)
+        """k as an operand, of k's layout: products take as long where rows lie H * D apart (1.0x on a Zen 5 core)."""
+        return self.narrow(self.k)
 
     @functools.cached_property
     def operand_v(self) -> Tensor:
-        """v as an operand, contiguous."""
-        return self.v.to(self.operand_dtype, memory_format=torch.contiguous_format)
+        """v as an operand, of v's layout."""
+        return self.narrow(self.v)
 
     @functools.cached_property
     def scored_k(self) -> Tensor:
         """k as an operand of scores. bf16 is widened where torch's flash attention would do, whose scores are fp32."""
         if self.operand_dtype == self.wide or self.q.device.type != "cpu" or self.spec.affine is None:
             return self.operand_k
-        return self.k.to(self.wide, memory_format=torch.contiguous_format)
+        return self.k.to(self.wide)
 
     def mask(self, tile: Tile, heads: slice) -> tuple[Tensor | None, int]:
         """(mask, first): what to add to the scores of keys ``tile.k[first:]``, 0 or -inf; None if all are allowed.

@@ -117,11 +117,14 @@ def _largest_part(call: Attention, gradients: bool) -> int:
 
 
 def _operands(call: Attention) -> int:
-    """Copies of k and v, and one more of k where scores are computed of fp32 operands."""
+    """Copies of k and v of another dtype, or for batch rows that are not folded in place; and one more of k where
+    scores are computed of fp32 operands."""
+    itemsize = call.operand_dtype.itemsize
+    folded = any(block_shape(call, tile)[0] > 1 for tile in _bounds(call))
+    operands = (call.k, call.v)
+    copied = [one for one in operands if one.dtype != call.operand_dtype or (folded and not one.is_contiguous())]
     widened = call.q.dtype != call.wide and call.spec.affine is not None
-    v = call.v.numel() * (call.wide.itemsize if call.q.dtype == torch.float16 else call.v.itemsize)
-    k = call.k.numel() * (call.wide.itemsize if call.q.dtype == torch.float16 else call.k.itemsize)
-    return k + v + widened * call.k.numel() * call.wide.itemsize
+    return sum(one.numel() for one in copied) * itemsize + widened * call.k.numel() * call.wide.itemsize
 
 
 def _largest_block(call: Attention, wanted: Wanted | None) -> int:

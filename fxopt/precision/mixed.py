@@ -81,7 +81,7 @@ class Mixed:
 
     def run(self) -> fx.GraphModule:
         """The new graph. Its values have the right shapes and dtypes; which of them alias is for `propagate` to say."""
-        with self.mode or contextlib.nullcontext(), compat.ignoring_fresh_symbols(self.mode):
+        with self.mode or contextlib.nullcontext(), compat.running_symbolic(self.mode):
             for node in self.gm.graph.nodes:
                 self.visit(node)
         self.count(self.casts.bytes_one_by_one())

@@ -230,9 +230,13 @@ class Run:
         return f"gradients: the loss changes by {numeric:.4e} along a direction, the gradient says {analytic:.4e}"
 
     def eps(self) -> float:
-        """Of the coarsest dtype at work."""
-        low = self.how["autocast"] or self.cases[self.current][0].options["precision"]
-        return torch.finfo(torch.bfloat16 if low else getattr(torch, self.spec.setting["dtype"])).eps
+        """Of the coarsest dtype at work, such as that of a softmax in fp32 in a module of fp64."""
+        if self.how["autocast"] or self.cases[self.current][0].options["precision"]:
+            return torch.finfo(torch.bfloat16).eps
+        own = torch.finfo(getattr(torch, self.spec.setting["dtype"])).eps
+        source = self.spec.source()
+        casts = ".float()" in source or "float32" in source
+        return max(own, torch.finfo(torch.float32).eps) if casts else own
 
 
 def _by_plan(graph: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
