@@ -9,7 +9,7 @@ FUZZ_MINUTES ?= 10
 
 # One thread a test process and one kernel cache for all of them: the C++ kernels are keyed on their source.
 TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TORCHINDUCTOR_CACHE_DIR=$(CURDIR)/$(OUT)/inductor
-PYTEST   := $(TEST_ENV) $(BIN)/python -m pytest -n 2
+PYTEST   := $(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist worksteal
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-all fuzz faults bench bench-gpu lint clean

@@ -174,9 +174,10 @@ def curve_line(found: dict[str, Any]) -> str:
 def memory_text() -> str:
     """Return what stands between the markers of docs/memory.md."""
     result = load("memory")
+    times = result.get("time")
     lines = [
         f"Measured by `bench/memory.py` on {result['machine']['date'][:10]}, on {machine_line(result['machine'])}.",
-        busy_warning(result["machine"]),
+        *([busy_warning(result["machine"])] if times else []),  # bytes are the same on a busy machine
         "",
         f"Models of {memory.LAYERS} layers, hidden {memory.HIDDEN}, vocabulary {memory.VOCAB}, {memory.BATCH} x "
         f"{memory.LENGTH} tokens, fp32; gpt2 with dropout. In MiB. Gradients: how much they differ from "
@@ -187,7 +188,7 @@ def memory_text() -> str:
     ]
     for case, rows in result.get("budgets", {}).items():
         lines += [budget_row(case if at == 0 else "", row) for at, row in enumerate(rows)]
-    if (times := result.get("time")) is None:
+    if times is None:
         return "\n".join([*lines, "", "Times of planned steps: not measured."])
     return "\n".join([*lines, "", *plan_times(times)])
 

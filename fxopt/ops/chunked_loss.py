@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fxopt.ops.logit_blocks import LogitBlocks, block_bytes
+from fxopt.ops.logit_blocks import LogitBlocks, block_bytes, block_rows
 from fxopt.ops.logit_rows import LogitRows
 from fxopt.ops.loss_spec import LossAndGradients, LossSpec, Wanted
 from fxopt.ops.products import accumulate_dtype, gradient_dtype, held_bytes, products_for, slices
@@ -51,7 +51,9 @@ def workspace_bytes(rows: int, weight: Tensor, spec: LossSpec, wanted: Wanted, k
     vocabulary, wide = weight.shape[0], accumulate_dtype(weight.dtype)
     step = chunk_rows(rows, vocabulary, weight.dtype, least_rows(weight, wanted.weight))
     blocks = 0 if kernels else block_bytes(step, vocabulary, weight.dtype, spec, bool(wanted))
-    rows_of_hidden = step * weight.shape[1] * wide.itemsize * 2  # before and after the factor, or x and its transpose
+    whole = spec.scale != 1.0 or weight.dtype != wide  # rows before and after the factor, or x and its transpose
+    second = step if whole or kernels else block_rows(step, vocabulary, weight.dtype)
+    rows_of_hidden = (step + second) * weight.shape[1] * wide.itemsize
     dropping = 0 if kernels or weight.device.type != "cpu" else step * weight.shape[1] * weight.itemsize + 17 * rows
     return blocks + rows_of_hidden + dropping + held_bytes(weight, step, wanted.weight)
 
