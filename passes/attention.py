@@ -272,7 +272,13 @@ def _laid_out(out: Tensor, heads_last: bool) -> Tensor:
 
 
 def _brought(x: Tensor, leading: tuple[Any, Any], dtype: torch.dtype) -> Tensor:
-    """`x` with batch and heads as they are to be, in `dtype`; itself where it has them, so that no node is made."""
+    """`x` with batch and heads as they are to be, in `dtype`; itself where it has them, so that no node is made.
+
+    Heads are repeated where one of key and value is read before its heads are, and the other after.
+    """
+    own, heads = x.shape[1], leading[1]
+    if str(own) not in ("1", str(heads)):
+        x = x.repeat_interleave(heads // own, 1)
     if list(map(str, x.shape[:2])) != list(map(str, leading)):
         x = x.expand(*leading, -1, -1)
     return x if x.dtype == dtype else x.to(dtype)

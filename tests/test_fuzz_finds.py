@@ -138,3 +138,17 @@ def test_rows_of_logits_and_of_labels_are_one_size_by_the_loss_that_needs_them_t
     with torch.fx.experimental._config.patch(use_duck_shape=False):  # as where sizes were found to change
         graph = captured(fn, torch.randn(3, 5, 16), torch.arange(15).view(3, 5), dynamic=True).module
     assert len(apply_rule(LOSS, graph, force=True).rewrites) == 1
+
+
+def test_heads_of_values_may_be_repeated_further_on_than_those_of_keys() -> None:
+    """A cast or a factor behind one repetition: keys are read before theirs, values after."""
+
+    def fn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        k, v = (one.repeat_interleave(2, 1) for one in (k, v))
+        return (q @ k.mT * 0.3).softmax(-1) @ v.mul(1.5)
+
+    q, k, v = (torch.randn(2, heads, 5, 8, requires_grad=True) for heads in (4, 2, 2))
+    graph = captured(fn, q, k, v).module
+    outcome = apply_rule(RULE, graph)
+    assert outcome.rewrites
+    same_function(graph, outcome.module, graph.meta["inputs"])

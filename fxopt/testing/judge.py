@@ -31,6 +31,9 @@ Named = dict[str, Tensor | None]
 _LOWEST = Request(Budget(1), infeasible="minimum", optimizer=0.0)
 """A budget that nothing fits, so that all is made again that can be."""
 
+NEARBY = 30
+"""Steps of eager, a rounding away, that ours may be as far off as. Of 1,400 cases one was beyond the worst of 6."""
+
 _CURVED = 1e-3
 """Step of central differences, in fp64 with casts to fp32 inside: 1e-7 / 1e-3 of noise, 1e-6 of curvature."""
 
@@ -163,11 +166,12 @@ class Run:
             exact, _ = self.step(copy.deepcopy(self.model).double(), wide, context=False)
         eager, eps = [self.step(copy.deepcopy(self.model), inputs)[0]], self.eps()
         floor = max(FLOOR * eps, 1e-9)
-        if too_far(exact, eager, ours, floor):
-            for seed in range(6):
-                nearby = _nudged(self.model, eps, seed), _nudged_inputs(inputs, eps, seed)
-                eager.append(self.step(*nearby)[0])
-            verdict.fail("wrong", too_far(exact, eager, ours, floor))
+        for seed in range(NEARBY):
+            if not too_far(exact, eager, ours, floor):
+                return
+            nearby = _nudged(self.model, eps, seed), _nudged_inputs(inputs, eps, seed)
+            eager.append(self.step(*nearby)[0])
+        verdict.fail("wrong", too_far(exact, eager, ours, floor))
 
     def step(
         self, module: nn.Module, inputs: Mapping[str, Tensor], call: Any = None, context: bool = True
