@@ -140,7 +140,7 @@ def of_spelling(rule, spelling, values):
     return trace(spelling, chosen), [value for value in chosen.values() if isinstance(value, torch.Tensor)]
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(
     rule=st.sampled_from(RULES),
     times=st.lists(st.sampled_from([0.5, 1.0, 2.0, None]), min_size=3, max_size=3),
@@ -394,6 +394,7 @@ def test_a_tensor_of_another_kind_is_not_measured():
     assert chooser.choose(SWISH, site).unmeasured == f"{site.inputs['x'].name} is a Odd, not a plain tensor"
 
 
+@pytest.mark.slow
 def test_within_a_compilation_another_disturbs_nothing(monkeypatch):
     """The whole way: Dynamo, the stages, Inductor for each candidate, and then for the graph."""
     _, meter = scripted(**{OURS: (3.0, 1), "twice": (1.0, 1), INDUCTOR: (2.0, 1)})

@@ -174,6 +174,7 @@ def test_lora_by_hand(head: bool) -> None:
         assert_loss_rewritten()
 
 
+@pytest.mark.slow
 def test_two_models_in_one_process() -> None:
     """Compiled and trained in turns; neither sees the other's weights."""
     (first, a), (second, b) = small("llama"), small("gpt_neox")

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -65,7 +66,13 @@ def test_every_block_of_the_page_is_executed() -> None:
     assert PAGE.count("```python") == len(BLOCKS) == 5
 
 
-@pytest.mark.parametrize("at", range(len(BLOCKS)), ids=[f"{kind} {name}".strip() for kind, name, _ in BLOCKS])
+def _at(block: int) -> Any:
+    """A parameter; the run that finds what fails takes 35 s."""
+    kind, name, _ = BLOCKS[block]
+    return pytest.param(block, id=f"{kind} {name}".strip(), marks=pytest.mark.slow if kind == "fails" else ())
+
+
+@pytest.mark.parametrize("at", [_at(block) for block in range(len(BLOCKS))])
 def test_block(at: int, folder: Path) -> None:
     kind, name, code = BLOCKS[at]
     scope = {"__name__": "page"}

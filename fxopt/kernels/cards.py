@@ -69,9 +69,14 @@ def as_if_on(card: Card) -> Iterator[None]:
         _PRETENDED.reset(token)
 
 
+def _pretended() -> Card | None:
+    """Nothing where Dynamo traces the operators, since it knows no context variables."""
+    return None if torch.compiler.is_compiling() else _PRETENDED.get()
+
+
 def is_on_card(device: torch.device) -> bool:
     """Whether `device` has cards, or counts as one."""
-    return device.type == "cuda" or _PRETENDED.get() is not None
+    return device.type == "cuda" or _pretended() is not None
 
 
 def card_of(device: torch.device) -> Card:
@@ -79,7 +84,7 @@ def card_of(device: torch.device) -> Card:
 
     Where there is no CUDA to ask (fake tensors on a machine without a card): the first of `CARDS`.
     """
-    return _PRETENDED.get() or _card_of(device)
+    return _pretended() or _card_of(device)
 
 
 @functools.cache

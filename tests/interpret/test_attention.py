@@ -29,7 +29,7 @@ def interpreted(one: Case) -> Case:
     return one
 
 
-@settings(max_examples=10)  # 3 s each
+@settings(max_examples=6)  # 3 s each
 @given(drawn=cases(dtypes=(F32, BF16, F16)))
 def test_equals_attention_written_out(drawn: Case) -> None:
     interpreted(drawn).check()

@@ -66,6 +66,7 @@ def test_every_site_is_listed_with_each_of_its_kernels_and_each_kernel_is_one_fi
     assert "launched by" in str(report)
 
 
+@pytest.mark.slow
 def test_what_is_dumped_is_what_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Padding, so that what is shared by the layers is launched too."""
     launched: dict[str, str] = {}

@@ -257,6 +257,7 @@ def test_a_training_step_of_a_model(family: str, dtype: torch.dtype, norms: int)
     assert_norms_rewritten(norms)
 
 
+@pytest.mark.slow
 def test_a_training_step_under_inductor() -> None:
     fxopt.clear_reports()
     model, inputs = models.build("llama", dtype=BF16)

@@ -13,7 +13,7 @@ from tiny_kernels import COPY, PRODUCT
 from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources
 
-from fxopt.kernels import configs, tuning
+from fxopt.kernels import cards, configs, tuning
 from fxopt.kernels.cards import CARDS, GFX942, INTERPRETER, Card, card_of
 from fxopt.kernels.configs import Config, config_for, remember, remembered
 from fxopt.kernels.source import Kernel
@@ -290,9 +290,9 @@ def described(monkeypatch: pytest.MonkeyPatch, name: str, hip: str | None = None
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(**properties))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
     monkeypatch.setattr(torch.version, "hip", hip)
-    card_of.cache_clear()
+    cards._card_of.cache_clear()
     found = card_of(torch.device("cuda", 0))
-    card_of.cache_clear()
+    cards._card_of.cache_clear()
     return found
 
 
