@@ -48,7 +48,8 @@ bench: $(READY)  ## measure on this machine and rewrite the README's table (abou
 	$(BIN)/python bench/linear_cross_entropy.py --json $(RESULTS)/linear_cross_entropy.json || code=1; \
 	$(BIN)/python bench/norm.py --json $(RESULTS)/norm.json || code=1; \
 	$(BIN)/python bench/precision.py --json $(RESULTS)/precision.json || code=1; \
-	$(BIN)/python bench/memory.py --json $(RESULTS)/memory.json || code=1; \
+	$(BIN)/python bench/memory.py --part budgets --json $(RESULTS)/memory.json || code=1; \
+	$(BIN)/python bench/memory.py --part time --json $(RESULTS)/memory_time.json || code=1; \
 	$(BIN)/python bench/explain.py --json $(RESULTS)/explain.json || code=1; \
 	$(BIN)/python bench/memory_model.py --json $(RESULTS)/memory_model.json || code=1; \
 	$(BIN)/python bench/readme.py && exit $$code

@@ -173,11 +173,9 @@ def curve_line(found: dict[str, Any]) -> str:
 
 def memory_text() -> str:
     """Return what stands between the markers of docs/memory.md."""
-    result = load("memory")
-    times = result.get("time")
+    result, timed = load("memory"), load("memory_time")
     lines = [
         f"Measured by `bench/memory.py` on {result['machine']['date'][:10]}, on {machine_line(result['machine'])}.",
-        *([busy_warning(result["machine"])] if times else []),  # bytes are the same on a busy machine
         "",
         f"Models of {memory.LAYERS} layers, hidden {memory.HIDDEN}, vocabulary {memory.VOCAB}, {memory.BATCH} x "
         f"{memory.LENGTH} tokens, fp32; gpt2 with dropout. In MiB. Gradients: how much they differ from "
@@ -188,9 +186,9 @@ def memory_text() -> str:
     ]
     for case, rows in result.get("budgets", {}).items():
         lines += [budget_row(case if at == 0 else "", row) for at, row in enumerate(rows)]
-    if times is None:
-        return "\n".join([*lines, "", "Times of planned steps: not measured."])
-    return "\n".join([*lines, "", *plan_times(times)])
+    warning = busy_warning(timed["machine"])  # of the times alone: bytes are the same on a busy machine
+    lines += ["", f"Times, on {machine_line(timed['machine'])}.", *([warning] if warning else []), ""]
+    return "\n".join([*lines, *plan_times(timed["time"])])
 
 
 def budget_row(case: str, row: dict[str, Any]) -> str:
@@ -209,8 +207,11 @@ def plan_times(times: dict[str, Any]) -> list[str]:
         "full": "no budget, every layer checkpointed",
         "checkpointing": "a budget of that one's peak",
         "half": "half of the default's activations",
-        "30%": "30% of them" + ("" if times["wanted"]["30%"] == times["budgets"]["30%"] else ", or as few as can be"),
+        "30%": "30% of them",
     }
+    for name, wanted in times["wanted"].items():
+        if wanted < times["budgets"][name]:
+            names[name] += f" ({wanted / memory.MIB:.1f} MiB), or rather the smallest that can be kept"
     lines = ["| six-layer Llama | peak, MiB | step, ms | ratio |", "|---|--:|--:|--:|"]
     for name, about in names.items():
         base = "checkpointed" if name == "checkpointing" else "no budget"
