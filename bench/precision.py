@@ -316,13 +316,12 @@ def curve_summary(found: dict[str, list[list[float]]]) -> dict[str, float]:
     late = {name: [torch.tensor(curve[half:]) for curve in curves] for name, curves in found.items()}
     apart = [float((ours - wide).abs().mean()) for ours, wide in zip(late[OURS], late[FP32], strict=True)]
     pairs = [(a, b) for at, a in enumerate(late[FP32]) for b in late[FP32][:at]]
-    spread = [float((a - b).abs().mean()) for a, b in pairs]
-    pairs_or_none = spread or [math.nan]
+    spread = [float((a - b).abs().mean()) for a, b in pairs] or [math.nan]
     return {
         "bf16 from fp32": statistics.mean(apart),
-        "fp32 between seeds": statistics.mean(pairs_or_none),
+        "fp32 between seeds": statistics.mean(spread),
         "bf16 from fp32, the most": max(apart),
-        "fp32 between seeds, the most": max(pairs_or_none),
+        "fp32 between seeds, the most": max(spread),
     }
 
 

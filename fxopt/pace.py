@@ -17,7 +17,7 @@ ENOUGH = 3
 
 
 def paced(run: Callable[..., Any], intervals: list[float]) -> Callable[..., Any]:
-    """`run`, which notes in `intervals` the seconds since its last call; a call costs half a microsecond more."""
+    """`run`, which notes in `intervals` the seconds since its last call."""
     last: float | None = None
 
     def call(*args: Any, **kwargs: Any) -> Any:

@@ -86,6 +86,13 @@ class GraphReport:
     checks: list[Check] = dataclasses.field(default_factory=list)
     outline: Outline | None = None
 
+    def by_kernel(self) -> dict[tuple[str, Path], list[SiteKernel]]:
+        """`kernels` by name and path: each kernel once, with the sites that launch it."""
+        found: dict[tuple[str, Path], list[SiteKernel]] = collections.defaultdict(list)
+        for item in self.kernels:
+            found[item.kernel, item.path].append(item)
+        return found
+
 
 @dataclasses.dataclass
 class Report:
@@ -217,7 +224,7 @@ def _tables(graph: GraphReport) -> Any:
     if graph.casts:
         yield _table_of_casts(graph.casts)
     if any(item.resources for item in graph.kernels):
-        yield _table_of_kernels(graph.kernels)
+        yield _table_of_kernels(graph)
     if graph.plan is not None:
         yield Text(f"memory: {graph.plan.summary}")
         yield _table_of_memory(graph.plan)
@@ -246,13 +253,10 @@ def _table_of_casts(casts: list[Cast]) -> Table:
     return table
 
 
-def _table_of_kernels(kernels: list[SiteKernel]) -> Table:
+def _table_of_kernels(graph: GraphReport) -> Table:
     head = ("kernel", "card", "registers", "spills, B", "shared, B", "fits", "sites")
     table = Table(*head, title="kernels", title_justify="left", box=None, pad_edge=False)
-    groups: dict[tuple[str, Path], list[SiteKernel]] = collections.defaultdict(list)
-    for item in kernels:
-        groups[item.kernel, item.path].append(item)
-    for (name, _), group in groups.items():
+    for (name, _), group in graph.by_kernel().items():
         for card, used in group[0].resources.items():
             numbers = [str(used[key]) for key in ("registers", "spill_bytes", "shared_bytes")]
             table.add_row(name, card, *numbers, "yes" if used["fits"] else "no", str(len(group)))

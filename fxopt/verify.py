@@ -123,12 +123,8 @@ def _known_alike(field: str, before: torch.Tensor, after: torch.Tensor) -> bool:
     """Whether sizes or strides of other texts are equal by the guards that there are: rows of logits and of labels."""
     if field not in ("shape", "stride") or before.dim() != after.dim():
         return False
-    pairs = zip(
-        before.shape if field == "shape" else before.stride(),
-        after.shape if field == "shape" else after.stride(),
-        strict=True,
-    )
-    return all(compat.statically_known_true(one == other) for one, other in pairs)
+    ones, others = (one.shape if field == "shape" else one.stride() for one in (before, after))
+    return all(compat.statically_known_true(one == other) for one, other in zip(ones, others, strict=True))
 
 
 def _strides(value: torch.Tensor) -> list[str]:

@@ -31,7 +31,7 @@ from fxopt.memory.rates import Device, device_of
 from fxopt.memory.replay import Replay, replay
 from fxopt.memory.request import Request
 from fxopt.memory.resident import found_optimizer, inputs_of, optimizer_bytes, resident_bytes
-from fxopt.memory.solve import Solution
+from fxopt.memory.solution import Solution
 from fxopt.memory.steps import ALONE, EARLIER, Piece, Step, earlier_pieces, note_piece
 from fxopt.memory.units import show_bytes
 from fxopt.version import VERSION

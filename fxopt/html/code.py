@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 from typing import Any
 
 import pygments
@@ -20,14 +19,15 @@ PREFIX = "py-"
 
 def kernels(graph: GraphReport) -> list[dict[str, Any]]:
     """Each generated kernel once: name, sites, path and source; what the dump no longer has is said to be gone."""
-    sites: dict[tuple[str, Any], list[str]] = collections.defaultdict(list)
-    resources: dict[tuple[str, Any], Any] = {}
-    for one in graph.kernels:
-        sites[one.kernel, one.path].append(one.site)
-        resources[one.kernel, one.path] = one.resources
     return [
-        {"name": name, "path": path, "sites": found, "resources": resources[name, path], "source": _source(path)}
-        for (name, path), found in sites.items()
+        {
+            "name": name,
+            "path": path,
+            "sites": [one.site for one in group],
+            "resources": group[0].resources,
+            "source": _source(path),
+        }
+        for (name, path), group in graph.by_kernel().items()
     ]
 
 

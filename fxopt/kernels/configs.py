@@ -20,7 +20,10 @@ from fxopt.kernels.cards import Card
 from fxopt.kernels.source import Kernel, cache_directory, write_whole
 from fxopt.version import VERSION
 
-__all__ = ["TRIAL", "Config", "Trial", "config_for", "remember", "remembered", "tuning_is_on"]
+__all__ = ["ALIGNMENT", "TRIAL", "Config", "Trial", "config_for", "remember", "remembered", "tuning_is_on"]
+
+ALIGNMENT = 16
+"""What Triton specialises a kernel on: arguments that it divides (bytes of an address, or the integer itself)."""
 
 
 @dataclass(frozen=True)

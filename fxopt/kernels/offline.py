@@ -23,7 +23,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fxopt.kernels.cards import Card
-from fxopt.kernels.configs import Config
+from fxopt.kernels.configs import ALIGNMENT, Config
 from fxopt.kernels.interpreter import interpreting
 from fxopt.kernels.source import Kernel, cache_directory, write_whole
 
@@ -35,7 +35,7 @@ TENSOR_MEMORY = 512
 
 @dataclass(frozen=True)
 class Job:
-    """One kernel with one configuration for one card; aligned: the arguments that 16 divides."""
+    """One kernel with one configuration for one card; aligned: the arguments that `ALIGNMENT` divides."""
 
     kernel: Kernel
     config: Config
@@ -80,7 +80,7 @@ def target_of(card: Card) -> GPUTarget:
 
 def _source(job: Job) -> ASTSource:
     function = job.kernel.load()
-    aligned = {(function.arg_names.index(name),): [["tt.divisibility", 16]] for name in job.aligned}
+    aligned = {(function.arg_names.index(name),): [["tt.divisibility", ALIGNMENT]] for name in job.aligned}
     return ASTSource(function, dict(job.kernel.signature), dict(job.config.tiles), aligned)
 
 

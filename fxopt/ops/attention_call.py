@@ -156,7 +156,7 @@ class Attention:
 
     @functools.cached_property
     def operand_k(self) -> Tensor:
-        """k as an operand, of k's layout: products take as long where rows lie H * D apart (1.0x on a Zen 5 core)."""
+        """k as an operand, of k's layout."""
         return self.narrow(self.k)
 
     @functools.cached_property

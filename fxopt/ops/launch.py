@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fxopt import compat
 from fxopt.kernels.cards import is_on_card
-from fxopt.kernels.configs import Config
+from fxopt.kernels.configs import ALIGNMENT, Config
 from fxopt.kernels.interpreter import interpreting, repair_bf16
 from fxopt.kernels.source import Kernel
 
@@ -43,9 +43,6 @@ Lowering = Literal["auto", "aten", "interpret"]
 "interpret": by the Triton kernels under the interpreter (tests; ``TRITON_INTERPRET=1``)."""
 
 LOWERINGS: tuple[str, ...] = get_args(Lowering)
-
-ALIGNMENT = 16
-"""What Triton specialises a kernel on: arguments that it divides (bytes of an address, or the integer itself)."""
 
 MOST_BLOCKS = 2**31 - 1
 """Of the first axis of a CUDA grid, the only one that our kernels use: the others end at 65,535."""

@@ -237,10 +237,10 @@ class Run:
         """Of the coarsest dtype at work, such as that of a softmax in fp32 in a module of fp64."""
         if self.how["autocast"] or self.cases[self.current][0].options["precision"]:
             return torch.finfo(torch.bfloat16).eps
-        own = torch.finfo(getattr(torch, self.spec.setting["dtype"])).eps
-        source = self.spec.source()
-        casts = ".float()" in source or "float32" in source
-        return max(own, torch.finfo(torch.float32).eps) if casts else own
+        dtype = getattr(torch, self.spec.setting["dtype"])
+        if dtype == torch.float64 and any(cast in self.spec.source() for cast in (".float()", "float32")):
+            dtype = torch.float32
+        return torch.finfo(dtype).eps
 
 
 def _by_plan(graph: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
