@@ -44,7 +44,7 @@ class Timed(Modelled):
     def _read(self, graph: Any, info: Any, stock: Any) -> Any:
         chosen = super()._read(graph, info, stock)
         begin = time.process_time()
-        read(graph, info.is_required_fw, self.outputs, self.known)
+        read(graph, info.is_required_fw, self.outputs, self.times)
         self.seconds = time.process_time() - begin
         return chosen
 

@@ -79,12 +79,13 @@ def compile_planned(
     if options.memory is None:
         return compat.compile_graph(graph, inputs, patches, key), None
 
-    from fxopt.passes.memory_plan import planning  # it loads Inductor, which an explanation does without
+    from fxopt.passes.memory_plan import RELEASING, planning  # it loads Inductor, which an explanation does without
 
+    planned = RELEASING | dict(patches)
     try:
-        with planning(graph, options.memory, f"{key} {sorted(patches.items())}", name) as found:
-            planned = {**patches, "custom_partitioner_fn": found.partitioner}
-            compiled = compat.compile_graph(graph, inputs, planned, key)
+        with planning(graph, options.memory, f"{key} {sorted(planned.items())}", name) as found:
+            partitioner = {"custom_partitioner_fn": found.partitioner}
+            compiled = compat.compile_graph(graph, inputs, planned | partitioner, key)
         if found.plan is not None:
             compiled = watched(compiled, found.plan, found.device)
         return compiled, found.plan

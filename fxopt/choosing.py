@@ -23,7 +23,7 @@ from fxopt.compat import pytree
 from fxopt.errors import brief
 from fxopt.excerpt import Excerpt, Unmeasurable, ambient, draw, excerpt
 from fxopt.fake import value_of
-from fxopt.metering import CudaMeter, Meter, Run, release
+from fxopt.metering import CudaMeter, Meter, Run, release, undisturbed
 from fxopt.remembering import Key, recall, remember
 from fxopt.rule import Place, Rule, Site
 
@@ -72,7 +72,7 @@ class Chooser:
             return measured
         if self.compiler is None:
             raise Unmeasurable("nothing is remembered of such a site, and it is measured when it is compiled")
-        with compat.apart(), _undisturbed(value_of(site.anchor).device):
+        with compat.apart(), undisturbed(value_of(site.anchor).device):
             inputs = draw(found, rule)
             names = [*candidates, INDUCTOR]
             with _telling(f"fxopt: measuring {rule.name} at {Place.of(site.anchor)} by {', '.join(names)}"):
@@ -113,17 +113,6 @@ def _step(call: Callable[..., Any], found: Excerpt, inputs: Sequence[Tensor]) ->
         return torch.autograd.grad(results, wanted, upstream, allow_unused=True) if results else None
 
     return run
-
-
-@contextlib.contextmanager
-def _undisturbed(device: torch.device) -> Iterator[None]:
-    """Within, `device` is the current one, and random numbers are drawn that the training run never misses."""
-    cuda = device.type == "cuda"
-    with (
-        torch.cuda.device(device) if cuda else contextlib.nullcontext(),
-        torch.random.fork_rng(devices=[torch.cuda.current_device()] if cuda else []),
-    ):
-        yield
 
 
 @contextlib.contextmanager

@@ -66,6 +66,7 @@ __all__ = [
     "load_wrapper",
     "lower",
     "mode_options",
+    "module_being_compiled",
     "must_recompute",
     "must_save",
     "outside_dispatch_modes",
@@ -107,6 +108,18 @@ DYNAMO_CONTROL = (RestartAnalysis, SkipFrame, PassesThroughDynamo)
 def ends_in_break(gm: fx.GraphModule) -> bool:
     """Whether Dynamo cut the graph here, so that others of the same model will follow."""
     return bool(getattr(getattr(gm, "compile_subgraph_reason", None), "graph_break", False))
+
+
+def module_being_compiled() -> torch.nn.Module | None:
+    """The module whose method Dynamo is tracing in this thread; None where it is tracing none."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    try:
+        frame = InstructionTranslator.current_tx().output.root_tx
+        first = frame.f_locals[frame.f_code.co_varnames[0]]
+    except (AttributeError, LookupError, AssertionError):
+        return None
+    return first if isinstance(first, torch.nn.Module) else None
 
 
 def inherit_from_dynamo(gm: fx.GraphModule, source: fx.GraphModule) -> None:

@@ -1,19 +1,22 @@
-"""Milliseconds and peak memory of a piece of work on a GPU."""
+"""What a piece of work takes on a device: milliseconds and peak memory on a GPU, seconds also on a CPU."""
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import math
+import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Protocol
 
 import torch
 
 from fxopt.kernels.cards import card_of
 
-__all__ = ["CudaMeter", "Meter", "Run", "peak_bytes", "release"]
+__all__ = ["CudaMeter", "Meter", "Run", "machine_of", "peak_bytes", "release", "seconds", "undisturbed"]
 
 Run = Callable[[], object]
 
@@ -95,6 +98,53 @@ def peak_bytes(run: Run) -> int:
     peak = torch.cuda.max_memory_allocated() - rest
     del result
     return peak
+
+
+RUNS = 3
+"""On a CPU, of which the quickest counts: what else the machine does only adds."""
+
+
+def seconds(run: Run, device: torch.device) -> float:
+    """Of `run` on `device`, once it is warm."""
+    if device.type == "cuda":
+        for _ in range(WARM_UPS):
+            run()
+        return milliseconds(run) / 1e3
+    run()
+    return min(_timed(run) for _ in range(RUNS))
+
+
+def _timed(run: Run) -> float:
+    begun = time.perf_counter()
+    run()
+    return time.perf_counter() - begun
+
+
+def machine_of(device: torch.device) -> str:
+    """What times on `device` are kept by: a card's model, "" where there is none; a processor's, and its threads."""
+    if device.type == "cuda":
+        return card_of(device).model
+    return f"{_processor()} {torch.get_num_threads()} threads"
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    named = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.processor() or platform.machine())
+
+
+@contextlib.contextmanager
+def undisturbed(device: torch.device) -> Iterator[None]:
+    """Within, `device` is the current one, and random numbers are drawn that the training run never misses."""
+    cuda = device.type == "cuda"
+    with (
+        torch.cuda.device(device) if cuda else contextlib.nullcontext(),
+        torch.random.fork_rng(devices=[torch.cuda.current_device()] if cuda else []),
+    ):
+        yield
 
 
 def release() -> None:

@@ -112,7 +112,8 @@ class Options:
         """What is asked of the memory plan; None: nothing."""
         if self.memory_budget is None:
             return None
-        return Request(self.memory_budget, self.optimizer, self.accumulation, self.offload, self.infeasible)
+        measure = self.choose == "measure"
+        return Request(self.memory_budget, self.optimizer, self.accumulation, self.offload, self.infeasible, measure)
 
     def cache_key(self) -> str:
         """What these options and the rules' versions add to the keys of torch's caches."""

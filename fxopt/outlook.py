@@ -25,8 +25,9 @@ from fxopt.memory.replay import Replay
 from fxopt.memory.request import Request
 from fxopt.memory.solution import Solution
 from fxopt.memory.solve import solve
+from fxopt.memory.timing import ModelledTimes
 from fxopt.options import Options
-from fxopt.passes.memory_plan import Cut, planned
+from fxopt.passes.memory_plan import RELEASING, Cut, planned
 from fxopt.report import Report
 
 __all__ = ["Cut", "Modelled", "Planner", "outlook"]
@@ -109,7 +110,7 @@ class _Seeing:
         values = [value_of(node) for node in graph.graph.find_nodes(op="placeholder")]
         if not any(isinstance(one, torch.Tensor) and one.requires_grad for one in values):
             return graph.forward
-        looking = {"custom_partitioner_fn": _looking(self.look), "force_disable_caches": True}
+        looking = RELEASING | {"custom_partitioner_fn": _looking(self.look), "force_disable_caches": True}
         try:
             compat.compile_graph(graph, inputs, looking)
         except Exception:
@@ -122,7 +123,7 @@ class _Seeing:
         try:
             on = next(one.device for one in compat.pytree.tree_leaves(inputs) if isinstance(one, torch.Tensor))
             self.seen = True
-            self.plan = self.planner(self.kind(gm, inputs, how, on, self.device))
+            self.plan = self.planner(self.kind(gm, inputs, how, on, ModelledTimes(self.device)))
         except Exception as error:
             self.error = error
         raise _Seen

@@ -27,18 +27,25 @@ from fxopt.memory.joint import Joint, read
 from fxopt.memory.offload import Places, offload
 from fxopt.memory.plan import Plan
 from fxopt.memory.planner import Decision, Infeasible, decide
-from fxopt.memory.rates import Device, device_of
+from fxopt.memory.rates import device_of
 from fxopt.memory.replay import Replay, replay
 from fxopt.memory.request import Request
 from fxopt.memory.resident import found_optimizer, inputs_of, optimizer_bytes, resident_bytes
 from fxopt.memory.solution import Solution
-from fxopt.memory.steps import ALONE, EARLIER, Piece, Step, earlier_pieces, note_piece
+from fxopt.memory.steps import ALONE, EARLIER, Piece, Step, alike, earlier_pieces, note_piece
+from fxopt.memory.timing import MeasuredTimes, ModelledTimes
 from fxopt.memory.units import show_bytes
 from fxopt.version import VERSION
 
-__all__ = ["Cut", "MemoryPlan", "Planning", "planned", "planning"]
+__all__ = ["RELEASING", "Cut", "MemoryPlan", "Planning", "planned", "planning"]
 
 ASSUMED_OPTIMIZER = "adamw"
+RELEASING = {"allow_buffer_reuse": False}
+"""Inductor's configuration for code that is planned: what is read for the last time is let go at once.
+
+Otherwise Inductor holds it for a later buffer of the same size wherever the peak that it estimates allows. It knows
+nothing of what operators hold while they run, so the true peak rises, by a fifth for a Llama's least.
+"""
 
 
 class MemoryPlan(compat.partitioner_class()):  # type: ignore[misc]
@@ -85,7 +92,9 @@ class Planning:
             raise
 
     def _partition(self, gm: fx.GraphModule, inputs: Any, how: dict[str, Any]) -> Any:
-        cut = Cut(gm, inputs, how, self.device, device_of(self.device))
+        known = device_of(self.device)
+        times = MeasuredTimes(self.device, known) if self.request.measure else ModelledTimes(known)
+        cut = Cut(gm, inputs, how, self.device, times, self.step.calls)
         if self.remembered is not None and self.remembered.fits(cut.joint):
             return cut.by(self.remembered.saved)
         self.plan, saved = planned(cut, self.request, self.budget, self.step)
@@ -136,19 +145,30 @@ def _stock(_: fx.Graph, __: Any, stock: Callable[[], Any]) -> Any:
 class Cut:
     """A joint graph, and what comes of cutting it one way or another.
 
-    device: of its tensors. known: what is known of that; or of another, which the plan is for.
+    device: of its tensors. times: what nodes take on that, or on another that the plan is for. calls: how often a step
+    calls it.
     """
 
-    def __init__(self, gm: fx.GraphModule, inputs: Any, how: dict[str, Any], device: torch.device, known: Device):
-        self.gm, self.joint_inputs, self.how, self.device, self.known = gm, inputs, how, device, known
+    def __init__(
+        self,
+        gm: fx.GraphModule,
+        inputs: Any,
+        how: dict[str, Any],
+        device: torch.device,
+        times: ModelledTimes,
+        calls: int = 1,
+    ):
+        self.gm, self.joint_inputs, self.how, self.device = gm, inputs, how, device
+        self.times, self.known, self.calls = times, times.device, calls
         self.outputs: int = how["num_fwd_outputs"]
         compat.partition(gm, inputs, self._read, **how)
 
     def _read(self, graph: fx.Graph, info: Any, stock: Callable[[], Any]) -> Any:
         chosen = stock()
-        self.joint: Joint = read(graph, info.is_required_fw, self.outputs, self.known)
+        self.joint: Joint = read(graph, info.is_required_fw, self.outputs, self.times, self.calls)
         self.stock = self.joint.mask(chosen)
-        self.inputs, self.trained_shapes = inputs_of(graph, info.static_lifetime_input_nodes, self.outputs)
+        inputs, self.trained_shapes = inputs_of(graph, info.static_lifetime_input_nodes, self.outputs)
+        self.inputs = inputs.times(self.calls)
         return chosen
 
     def names(self, solution: Solution) -> _Saved:
@@ -182,7 +202,7 @@ class Cut:
         forward, backward = self.by(None if solution is None else self.names(solution))
         static = list(self.how.get("static_lifetime_input_indices") or ())
         lowered = compat.lower(forward, False, static), compat.lower(backward, True)
-        return replay(*lowered, self.outputs, self.known.granularity, self.device.type)
+        return replay(*lowered, self.outputs, self.known.granularity, self.device.type).repeated(self.calls)
 
 
 # --- remembering: on a hit in torch's caches nobody asks for a plan, and the report must not be lost ----------------
@@ -256,7 +276,7 @@ def planning(gm: fx.GraphModule, request: Request, options: str, name: str = "gr
     """
     device = _device_of(gm)
     budget = request.budget.on(device, device_of(device))  # a mistake is an error before anything is traced
-    step = Step(earlier_pieces(), compat.ends_in_break(gm))
+    step = Step(earlier_pieces(), compat.ends_in_break(gm), alike(compat.module_being_compiled()))
     found = Planning(_key(gm, request, budget, device, step, options), request, budget, device, step)
     _OPEN[found.partitioner.name] = found
     try:

@@ -15,6 +15,7 @@ from fxopt.memory.joint import Joint, read
 from fxopt.memory.plan import Plan
 from fxopt.memory.rates import CPU
 from fxopt.memory.request import Budget, Request, parse_budget
+from fxopt.memory.timing import ModelledTimes
 from fxopt.testing.planned import compile_by, compile_planned
 
 WIDTH, TOKENS = 32, 64
@@ -61,7 +62,7 @@ def reading(found: list[tuple[Joint, Any]]) -> Callable[..., Any]:
     def partition(joint: fx.GraphModule, given: Any, **how: Any) -> Any:
         def look(graph: fx.Graph, info: Any, stock: Callable[[], Any]) -> Any:
             chosen = stock()
-            joint = read(graph, info.is_required_fw, how["num_fwd_outputs"], CPU)
+            joint = read(graph, info.is_required_fw, how["num_fwd_outputs"], ModelledTimes(CPU))
             found.append((joint, joint.mask(chosen)))
             return chosen
 

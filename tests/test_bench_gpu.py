@@ -60,6 +60,7 @@ def test_without_a_gpu_it_says_what_to_do() -> None:
     assert "--interpret --tiny" in done.stdout
 
 
+@pytest.mark.slow
 def test_numbers_of_a_dry_run_do_not_go_among_results() -> None:
     done = run("--interpret", "--tiny", "--out", "bench/results/none")
     assert done.returncode == 2

@@ -150,7 +150,11 @@ def test_table_has_a_paragraph_for_each_kernel(
 @pytest.mark.parametrize(
     ("shipped", "sentence"),
     [
-        (product(FAT), r"product bf16 on sm_86 \(M=128 .*\) does not fit: it takes [\d,]+ bytes .* of 101,376\n"),
+        pytest.param(
+            product(FAT),
+            r"product bf16 on sm_86 \(M=128 .*\) does not fit: it takes [\d,]+ bytes .* of 101,376\n",
+            marks=pytest.mark.slow,
+        ),
         (product(SPILLING), r"product bf16 on sm_86 \(M=128 .*\) spills [\d,]+ bytes, more than 64\n"),
         (
             Shipped("copy bf16", COPY, (Config((("BLOCK", 100),)),)),

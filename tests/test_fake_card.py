@@ -91,38 +91,45 @@ def model(family: str, attention: str = "eager", mask: str = "none", **changes: 
     return {"build": {"family": family, "attention": attention, "mask": mask, **changes}}
 
 
+SIZES = f"{BATCH} x 4 x {SEQ} x {SEQ}"
+
+
+def launches_all(answer: Answer, norms: int) -> None:
+    """Two layers of attention, the loss and `norms` norms are launches, and nothing large is held."""
+    assert answer.graph["notes"] == []
+    assert answer.graph["refusals"] == []
+    assert answer.details("linear_cross_entropy") == [HEAD]
+    assert {device for node in answer.joint for device in node["devices"]} == {"cuda"}
+    answer.attends(2)
+    answer.holds_nothing_large()
+    assert answer.launches()[LAUNCHES["loss"]] == 1
+    assert answer.calls("fxopt.linear_cross_entropy_backward") == 1
+    # Norms are refused on a CPU, and each is a launch forward and one backward here.
+    assert len(answer.details("norm")) == norms
+    assert answer.launches()[LAUNCHES["norms backward"]] == norms
+    assert answer.launches()["Out Rstd"] + answer.launches()["Out Rstd Stream"] == norms
+
+
+def test_a_llama_is_rewritten_to_launches() -> None:
+    found = ask(llama=model("llama"))["llama"]
+    launches_all(found, 5)
+    assert found.details("attention") == [f"{SIZES}: causal, score s * 0.25; generated kernels"] * 2
+    assert found.launches()["Out Rstd Stream"] == 4
+
+
+@pytest.mark.slow
 def test_decoders_are_rewritten_to_launches() -> None:
-    found = ask(
-        llama=model("llama"),
-        masked=model("llama", "sdpa"),
-        packed=model("llama", "sdpa", "packed"),
-        gemma2=model("gemma2"),
-    )
-    for answer in found.values():
-        assert answer.graph["notes"] == []
-        assert answer.graph["refusals"] == []
-        assert answer.details("linear_cross_entropy") == [HEAD]
-        assert {device for node in answer.joint for device in node["devices"]} == {"cuda"}
-        answer.attends(2)
-        answer.holds_nothing_large()
-        assert answer.launches()[LAUNCHES["loss"]] == 1
-        assert answer.calls("fxopt.linear_cross_entropy_backward") == 1
-        # Norms are refused on a CPU, and each is a launch forward and one backward here.
-        norms = len(answer.details("norm"))
-        assert norms == (9 if answer is found["gemma2"] else 5)
-        assert answer.launches()[LAUNCHES["norms backward"]] == norms
-        assert answer.launches()["Out Rstd"] + answer.launches()["Out Rstd Stream"] == norms
-    sizes = f"{BATCH} x 4 x {SEQ} x {SEQ}"
-    assert found["llama"].details("attention") == [f"{sizes}: causal, score s * 0.25; generated kernels"] * 2
-    assert found["llama"].launches()["Out Rstd Stream"] == 4
+    found = ask(masked=model("llama", "sdpa"), packed=model("llama", "sdpa", "packed"), gemma2=model("gemma2"))
+    for name, answer in found.items():
+        launches_all(answer, 9 if name == "gemma2" else 5)
     # transformers gives SDPA a mask tensor, which is structure here: no node of it is left.
-    assert found["masked"].details("attention") == [f"{sizes}: causal; generated kernels"] * 2
+    assert found["masked"].details("attention") == [f"{SIZES}: causal; generated kernels"] * 2
     assert found["masked"].calls("aten.le") == 0
     # The keys of each query are computed once for both layers, and their tiles once a step for both backwards.
-    assert found["packed"].details("attention") == [f"{sizes}: causal & documents; generated kernels"] * 2
+    assert found["packed"].details("attention") == [f"{SIZES}: causal & documents; generated kernels"] * 2
     assert found["packed"].calls("fxopt.key_intervals") == 1
     program = "score tanh(s * 0.25 / 50) * 50; generated kernels"
-    assert found["gemma2"].details("attention") == [f"{sizes}: window(9), {program}", f"{sizes}: causal, {program}"]
+    assert found["gemma2"].details("attention") == [f"{SIZES}: window(9), {program}", f"{SIZES}: causal, {program}"]
 
 
 @pytest.mark.slow

@@ -44,6 +44,7 @@ def test_ratio_is_taken_turn_by_turn() -> None:
     assert measure.alternate(["a", "b"], 1) == ["b", "a"]
 
 
+@pytest.mark.slow
 def test_worker_answers_and_says_why_it_died() -> None:
     with measure.Worker("deep-1", "eager") as worker:
         assert worker.ask("check")["loss"] == pytest.approx(math.log(4096), rel=0.05)  # random weights: all alike

@@ -33,6 +33,7 @@ def small(family: str = "llama", **changes: Any) -> tuple[Any, models.Inputs]:
     return models.build(family, **{**SMALL, **changes})
 
 
+@pytest.mark.slow
 def test_compile_in_place_then_generate() -> None:
     """`model.compile` keeps the model's type: the same object trains compiled and generates what eager would."""
     model, inputs = small(use_cache=True)
@@ -278,7 +279,8 @@ class WithAccuracy(nn.Module):
         return found.loss, right.sum() / counted.sum()
 
 
-@pytest.mark.parametrize("family", ["llama", pytest.param("gemma2", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_token_accuracy_beside_the_loss(family: str) -> None:
     """Neither makes the logits of all 2048 tokens and 8192 words, 64 MiB; those of 1024 are there at a time."""
     model, inputs = small(family, vocab_size=8192, batch=32, seq=64, mask="right")

@@ -86,6 +86,7 @@ def test_block(at: int, folder: Path) -> None:
         exec(compile(code, "page", "exec"), scope)
 
 
+@pytest.mark.slow
 def test_a_failure_is_printed_as_code_that_runs(folder: Path, pytest_in: Callable[..., Done]) -> None:
     broken = (folder / "my_rules.py").read_text().replace("F.silu(k * x) / k", "F.silu(k * x)")
     (folder / "broken_rules.py").write_text(broken)

@@ -19,8 +19,8 @@ from fxopt import compat
 from fxopt.effects import storage_of
 from fxopt.fake import bound_arguments, stand_in, value_of
 from fxopt.memory.blocks import Blocks
-from fxopt.memory.cost import bytes_of, described, flops_of, seconds_of
-from fxopt.memory.rates import Device
+from fxopt.memory.cost import bytes_of, described, flops_of
+from fxopt.memory.timing import ModelledTimes
 from fxopt.ops.registry import memory_of
 
 __all__ = ["Joint", "read"]
@@ -52,6 +52,7 @@ class Joint:
     transient, gradients: bytes at each position of `backward` besides what was kept or made again.
     heavy:     positions of `backward` at which much is allocated.
     held:      bytes of the forward's outputs, which the caller holds. held_so_far: at each position of `forward`.
+    calls:     how often a step calls the graph, each time with other parameters, before the backward begins.
     """
 
     forward: list[fx.Node]
@@ -81,6 +82,7 @@ class Joint:
     heavy: list[int]
     held: int
     held_so_far: Array
+    calls: int = 1
 
     def mask(self, nodes: Sequence[fx.Node]) -> Array:
         """Which of `forward` are among `nodes`, or lie in memory that one of them is a view of."""
@@ -93,13 +95,16 @@ class Joint:
         return mask
 
 
-def read(graph: fx.Graph, is_forward: Any, outputs: int, device: Device) -> Joint:
-    """Read the joint `graph`, of whose outputs the first `outputs` are the forward's. is_forward: of a node."""
-    return _Reader(graph, is_forward, outputs, device).joint()
+def read(graph: fx.Graph, is_forward: Any, outputs: int, times: ModelledTimes, calls: int = 1) -> Joint:
+    """Read the joint `graph`, of whose outputs the first `outputs` are the forward's.
+
+    is_forward: of a node. times: seconds of nodes. calls: see `Joint`.
+    """
+    return _Reader(graph, is_forward, outputs, times).joint(calls)
 
 
 class _Reader:
-    def __init__(self, graph: fx.Graph, is_forward: Any, outputs: int, device: Device):
+    def __init__(self, graph: fx.Graph, is_forward: Any, outputs: int, times: ModelledTimes):
         nodes = list(graph.nodes)
         calls = [node for node in nodes if node.op == "call_function"]
         forward = {node for node in calls if is_forward(node)}
@@ -119,7 +124,7 @@ class _Reader:
         self.held = {self.owner(node) for node in returned[:outputs] if isinstance(node, fx.Node)}
         self.gradients = {self.owner(node) for node in returned[outputs:] if isinstance(node, fx.Node)}
         self.fuses = compat.fusible()
-        self.device = device
+        self.times = times
         self._fused: dict[fx.Node, bool] = {}
         self._running: dict[Any, int] = {}
 
@@ -153,7 +158,7 @@ class _Reader:
             self._running[key] = _running(node)
         return self._running[key]
 
-    def joint(self) -> Joint:
+    def joint(self, calls: int) -> Joint:
         forward, at = self.forward, self.at
         owners = [self.owner(node) for node in forward]
         view = np.array(
@@ -173,7 +178,7 @@ class _Reader:
         transient, gradients = self._transient()
         forced = np.array([compat.must_recompute(node) for node in forward], dtype=bool)
         banned = np.array([_never_again(node) for node in forward], dtype=bool) & ~forced
-        moved = whole / self.device.bandwidth
+        moved = whole / self.times.device.bandwidth
         return Joint(
             forward=forward,
             backward=self.backward,
@@ -194,10 +199,7 @@ class _Reader:
             flops=flops,
             backward_flops=backward_flops,
             backward_seconds=np.array(
-                [
-                    seconds_of(node, count, self.device)
-                    for node, count in zip(self.backward, backward_flops, strict=True)
-                ]
+                [self.times(node, count) for node, count in zip(self.backward, backward_flops, strict=True)]
             ),
             forced=forced,
             banned=banned,
@@ -207,6 +209,7 @@ class _Reader:
             heavy=self._heavy(backward_flops, whole.max(initial=1.0)),
             held=int(whole[held].sum()),
             held_so_far=np.cumsum(np.where(held, whole, 0)),
+            calls=calls,
         )
 
     def _readers(self, owner: Array) -> tuple[Array, Array, Array]:
@@ -238,7 +241,7 @@ class _Reader:
     def _seconds(self, node: fx.Node, flops: float, view: bool, fused: bool) -> float:
         if node.target is operator.getitem or (view and _is_tensor(node)):
             return 0.0
-        seconds = seconds_of(node, int(flops), self.device)
+        seconds = self.times(node, int(flops))
         return 0.1 * seconds if fused else seconds  # fused, it reads nothing that is not read there anyway
 
     def _transient(self) -> tuple[Array, Array]:

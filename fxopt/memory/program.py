@@ -7,7 +7,8 @@ For each forward node v: x kept, r made again, o offloaded.
     inputs      r_v <= x_u + r_u + o_u               u is read by v, in the same block
                 r_v <= x_u + o_u                     u lies in an earlier block
     peaks       at chosen positions of the forward and the backward: kept so far, or not yet let go, + made again and
-                alive + in flight on the link + transient + gradients so far + held by the caller <= budget
+                alive + in flight on the link + transient + gradients so far + held by the caller + what other calls of
+                the same graph hold <= budget
 
 The rule of blocks keeps chains of recomputations short, and makes the peak of a block one of its own variables and one
 sum over earlier blocks. After Checkmate (Jain et al., MLSys 2020), of which it needs O(n) binaries for O(n^2).
@@ -86,9 +87,12 @@ class Program:
         self.high.append(high)
 
     def peak_row(self, rows: list[int], columns: Any, values: Any, fixed: float) -> None:
-        """The sum and `fixed` bytes are at most the peak."""
+        """The sum, `fixed` bytes, and what the calls before this one hold are at most the peak."""
+        others = self.joint.calls - 1
+        before = [self.peak - 1] if others else []  # the last sum: all that is kept
         rows.append(len(self.low))
-        self.row([*columns, self.peak], [*values, -1], -np.inf, -fixed / MIB)
+        full = -fixed / MIB - others * self.joint.held / MIB
+        self.row([*columns, *before, self.peak], [*values, *[others] * len(before), -1], -np.inf, full)
 
     def _needs(self) -> None:
         joint = self.joint

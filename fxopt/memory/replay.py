@@ -20,10 +20,11 @@ from fxopt.memory.plan import Trace
 from fxopt.ops.offload_operator import SEND
 from fxopt.ops.registry import memory_of
 
-__all__ = ["GRADIENTS", "KEPT", "OUTPUTS", "WORKING", "Ledger", "Replay", "replay"]
+__all__ = ["CALLS", "GRADIENTS", "KEPT", "OUTPUTS", "WORKING", "Ledger", "Replay", "replay"]
 
 
 KEPT, OUTPUTS, GRADIENTS, WORKING = "kept for the backward", "outputs", "gradients", "working memory"
+CALLS = "other calls of the graph"
 
 
 @dataclass(frozen=True)
@@ -116,12 +117,24 @@ class Replay:
     def of(cls, ledger: Ledger, turn: int) -> Replay:
         """From `ledger`, where the backward begins with event `turn`."""
         held = list(itertools.accumulate(event.size for event in ledger.events))
-        top = max(range(len(held)), key=held.__getitem__, default=-1)
-        parts: dict[str, int] = collections.defaultdict(int)
-        for event in ledger.events[: top + 1]:
-            parts[ledger.labels.get(event.number, WORKING)] += event.size
-        sizes = {name: size for name, size in parts.items() if size}
-        return cls(held[:turn], held[turn:], sizes, _trace(ledger, turn))
+        trace = _trace(ledger, turn)
+        return cls(held[:turn], held[turn:], _parts(trace, held), trace)
+
+    def repeated(self, calls: int) -> Replay:
+        """Of a step that calls the graph `calls` times, forward after forward and then backward after backward.
+
+        The last forward finds what the calls before it hold. The backward of one finds what those hold whose backward
+        comes later, and the gradients of those whose backward is done: at most the larger of the two for each.
+        """
+        if calls == 1 or not self.forward:
+            return self
+        retained, left = self.forward[-1], self.backward[-1] if self.backward else 0
+        forward = [size + (calls - 1) * retained for size in self.forward]
+        backward = [size + (calls - 1) * max(retained, left) for size in self.backward]
+        both, own = [*forward, *backward], [*self.forward, *self.backward]
+        parts = _parts(self.trace, both)
+        top = max(range(len(both)), key=both.__getitem__)
+        return Replay(forward, backward, {**parts, CALLS: both[top] - own[top]}, self.trace)
 
     @property
     def peaks(self) -> tuple[int, int]:
@@ -137,6 +150,15 @@ class Replay:
     def names(self) -> list[str]:
         """The name in the graph of what each event takes or lets go."""
         return [self.trace.names[abs(move) - 1] for move in self.trace.moves]
+
+
+def _parts(trace: Trace, held: Sequence[int]) -> dict[str, int]:
+    """Bytes by what they are for, where the most is held."""
+    top = max(range(len(held)), key=held.__getitem__, default=-1)
+    parts: dict[str, int] = collections.defaultdict(int)
+    for move in trace.moves[: top + 1]:
+        parts[trace.kinds[abs(move) - 1]] += trace.sizes[abs(move) - 1] * (1 if move > 0 else -1)
+    return {name: size for name, size in parts.items() if size}
 
 
 def _trace(ledger: Ledger, turn: int) -> Trace:

@@ -130,13 +130,17 @@ def parse_infeasible(value: Any) -> Infeasibility:
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """The options that make a plan (`fxopt.Options` says what they mean), all part of cache keys."""
+    """The options that make a plan (`fxopt.Options` says what they mean), all part of cache keys.
+
+    measure: whether products and attention are timed on the device.
+    """
 
     budget: Budget
     optimizer: str | float | None = None
     accumulation: bool = False
     offload: bool | float = False
     infeasible: Infeasibility = "error"
+    measure: bool = False
 
     def link(self, device: Device) -> float:
         """Bytes a second for offloading, each way; 0: none."""

@@ -36,6 +36,10 @@ class Inputs:
     frozen: int = 0
     batch: int = 0
 
+    def times(self, calls: int) -> Inputs:
+        """Of `calls` modules that are called after one another, each with parameters of its own."""
+        return Inputs(calls * self.trained, calls * self.elements, calls * self.frozen, self.batch)
+
 
 def optimizer_bytes(optimizer: str | float, inputs: Inputs) -> int:
     """Bytes of the state of `optimizer`, a name in `OPTIMIZERS` or bytes a trained parameter."""

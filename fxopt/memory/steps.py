@@ -1,18 +1,22 @@
-"""Graphs of one step: where Dynamo cuts a model at a graph break, its pieces share a budget.
+"""Graphs that share a budget: pieces of a model that Dynamo cuts at a graph break, and layers compiled one by one.
 
-They are compiled in the order of the forward, so what the earlier ones hold is known, and what the later ones will need
-is not. A piece that others follow plans with half of what is left.
+Pieces are compiled in the order of the forward, so what the earlier ones hold is known, and what the later ones will
+need is not. A piece that others follow plans with half of what is left. A layer's graph serves all layers like it, and
+is planned for as many calls as there are of them.
 """
 
 from __future__ import annotations
 
 import contextvars
 import dataclasses
-from collections.abc import Mapping
+import gc
+from collections.abc import Iterator, Mapping
+
+from torch import nn
 
 from fxopt.memory.units import show_bytes
 
-__all__ = ["ALONE", "EARLIER", "Piece", "Step", "earlier_pieces", "note_piece"]
+__all__ = ["ALONE", "EARLIER", "Piece", "Step", "alike", "earlier_pieces", "note_piece"]
 
 SHARE = 0.5
 EARLIER = "earlier graphs of the step"
@@ -30,10 +34,11 @@ class Piece:
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """The pieces before the one that is planned now, and whether others follow it."""
+    """The pieces before the one that is planned now, whether others follow it, and how often a step calls it."""
 
     earlier: tuple[Piece, ...] = ()
     more: bool = False
+    calls: int = 1
 
     @property
     def held(self) -> int:
@@ -57,10 +62,36 @@ class Step:
             found.append(f"the budget is shared with {others} of this step, which hold {show_bytes(self.held)}")
         if self.more:
             found.append("others follow after a graph break: half of what is left is planned for this one")
+        if self.calls > 1:
+            found.append(
+                f"{self.calls} modules like this one are compiled one by one: the budget is for a call of each, and "
+                "what runs besides is not counted"
+            )
         return found
 
 
 ALONE = Step()
+
+
+def alike(module: nn.Module | None) -> int:
+    """How many modules of the class of `module` are compiled one by one in the list that holds it; 1 without one.
+
+    Of Hugging Face's ``for layer in model.model.layers: layer.compile(...)``, or ``layers[i] = torch.compile(...)``.
+    """
+    for held in _lists() if module is not None else ():
+        own = [getattr(child, "_orig_mod", child) for child in held.children()]
+        if any(one is module for one in own):
+            return sum(
+                type(one) is type(module) and (child is not one or child._compiled_call_impl is not None)
+                for one, child in zip(own, held.children(), strict=True)
+            )
+    return 1
+
+
+def _lists() -> Iterator[nn.Module]:
+    # By type, as in `resident`: isinstance asks objects that warn or raise.
+    kinds = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
+    return (one for one in gc.get_objects() if issubclass(type(one), kinds))
 
 
 _EARLIER: contextvars.ContextVar[tuple[Piece, ...]] = contextvars.ContextVar("fxopt_pieces", default=())

@@ -58,10 +58,11 @@ def cut(gm: Any, inputs: Any, how: dict[str, Any], cases: dict[str, dict[str, fl
     from fxopt.memory.rates import device_of
     from fxopt.memory.solution import Solution
     from fxopt.memory.solve import solve
+    from fxopt.memory.timing import ModelledTimes
     from fxopt.passes.memory_plan import Cut
 
     card = torch.device("cuda:0")
-    whole = Cut(gm, inputs, how, card, device_of(card))
+    whole = Cut(gm, inputs, how, card, ModelledTimes(device_of(card)))
     program = Program(whole.joint)
     least = solve(program, None)
     assert least is not None

@@ -100,6 +100,7 @@ def jobs_of(*warps: int) -> list[Job]:
     return [Job(COPY, Config((("BLOCK", 256),), each, 1), SM[86]) for each in warps]
 
 
+@pytest.mark.slow
 def test_many_compile_in_processes_and_one_that_does_not_is_a_sentence() -> None:
     wrong = dataclasses.replace(COPY, source=COPY.source.replace("at < size", "at < sise"))
     found = dict(compile_all([Job(kernel, SMALL, SM[arch]) for kernel in (COPY, wrong) for arch in (86, 120)], 2))
@@ -108,6 +109,7 @@ def test_many_compile_in_processes_and_one_that_does_not_is_a_sentence() -> None
         assert "sise is not defined" in str(found[Job(wrong, SMALL, SM[arch])])
 
 
+@pytest.mark.slow
 def test_compilers_that_raise_die_or_hang_do_not_take_the_others_down(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

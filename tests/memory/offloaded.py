@@ -13,6 +13,7 @@ from fxopt import compat
 from fxopt.memory.joint import Joint
 from fxopt.memory.offload import movable
 from fxopt.memory.rates import device_of
+from fxopt.memory.timing import ModelledTimes
 from fxopt.passes.memory_plan import Cut, _Saved
 
 CPU = torch.device("cpu")
@@ -74,7 +75,7 @@ class Offloading:
 
     def partition(self, gm: fx.GraphModule, inputs: Any, **how: Any) -> Any:
         """Torch's own choice of what is saved, part of it on the host."""
-        found = split(Cut(gm, inputs, how, CPU, device_of(CPU)), self.choose)
+        found = split(Cut(gm, inputs, how, CPU, ModelledTimes(device_of(CPU))), self.choose)
         self.change(found)
         self.graphs.append(found)
         return found.forward, found.backward

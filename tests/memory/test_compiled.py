@@ -146,6 +146,51 @@ def test_graphs_of_one_step_share_the_budget() -> None:
     assert other.predicted > held
 
 
+def test_layers_compiled_one_by_one_share_the_budget() -> None:
+    """Each call's graph is planned for all four layers: what they hold together is within the budget."""
+    torch.manual_seed(0)
+    config = LlamaConfig(hidden_size=64, intermediate_size=128, num_attention_heads=4, num_hidden_layers=4)
+    model = LlamaForCausalLM(config).train().model
+    rotary = model.rotary_emb(torch.empty(0), torch.arange(128)[None])
+    start = torch.randn(4, 128, 64, requires_grad=True)
+    layers = torch.nn.ModuleList(model.layers)
+    held = sum(one.nbytes for one in layers.parameters()) + start.nbytes + sum(one.nbytes for one in rotary)
+
+    def run() -> Any:
+        x = start
+        for layer in layers:
+            x = layer(x, position_embeddings=rotary)
+        return x
+
+    def step() -> None:
+        layers.zero_grad(set_to_none=True)
+        start.grad = None
+        run().square().mean().backward()
+
+    def compiled(budget: int | str) -> Plan:
+        torch.compiler.reset()
+        for layer in layers:
+            layer.compile(backend="fxopt", options={"optimizer": "sgd", "inductor": SCALAR, "memory_budget": budget})
+        step()
+        return last_plan()
+
+    loose = compiled("1GiB")
+    assert any("4 modules like this one" in note for note in loose.notes)
+    assert loose.resident["parameters"] == sum(one.nbytes for one in layers.parameters())
+    step()
+    wanted, most = gradients(layers), peak_bytes(step) + held
+    with pytest.raises(BudgetError) as raised:
+        compiled(2**20)
+    budget = (raised.value.minimum + most) // 2
+    tight = compiled(budget)
+    assert tight.bytes_of(KEPT) < loose.bytes_of(KEPT)
+    step()
+    assert peak_bytes(step) + held <= budget
+    assert raised.value.minimum < 0.8 * most
+    for one, other in zip(gradients(layers), wanted, strict=True):
+        assert (one - other).norm() <= 1e-6 * other.norm()
+
+
 @pytest.mark.slow
 def test_a_weight_in_16_bits_is_cast_again_where_there_is_no_room() -> None:
     model = llama(1)

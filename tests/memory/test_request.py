@@ -65,7 +65,10 @@ def test_a_mistake_says_what_to_write_instead(option: str, value: Any, message: 
 def test_no_budget_asks_for_no_plan_and_a_budget_is_part_of_the_key() -> None:
     assert Options.parse({"optimizer": "sgd"}).memory is None
     wanted = {"memory_budget": "2GiB", "optimizer": 8, "accumulation": True, "offload": 25, "infeasible": "minimum"}
-    assert Options.parse(wanted).memory == Request(Budget(2 * 2**30), 8.0, True, 25.0, "minimum")
+    assert Options.parse(wanted).memory == Request(Budget(2 * 2**30), 8.0, True, 25.0, "minimum", True)
+    never = Options.parse({**wanted, "choose": "never"}).memory
+    assert never is not None
+    assert not never.measure
 
 
 def test_parts_of_a_card_need_a_card(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -476,7 +476,7 @@ def test_the_memory_formula_bounds_what_masks_take(name: str, dtype: torch.dtype
         assert peak_bytes(lambda op=op, inputs=inputs: op(*inputs)) <= formula.outputs + formula.workspace
 
 
-@pytest.mark.parametrize("flash", [None, False])
+@pytest.mark.parametrize("flash", [None, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ["causal", "window", "documents", "padding", "predicate"])
 def test_scores_never_exist(name: str, flash: bool | None) -> None:
     """4096 x 4096 x 4 heads of scores are 256 MiB, and a mask of them 16."""
