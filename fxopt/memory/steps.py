@@ -76,15 +76,15 @@ ALONE = Step()
 def alike(module: nn.Module | None) -> int:
     """How many modules of the class of `module` are compiled one by one in the list that holds it; 1 without one.
 
-    Of Hugging Face's ``for layer in model.model.layers: layer.compile(...)``, or ``layers[i] = torch.compile(...)``.
+    Of ``for layer in model.layers: layer.compile(...)``, or ``layers[i] = torch.compile(...)``, or of a model that
+    breaks between its layers, of which Dynamo then compiles all.
     """
     for held in _lists() if module is not None else ():
         own = [getattr(child, "_orig_mod", child) for child in held.children()]
         if any(one is module for one in own):
-            return sum(
-                type(one) is type(module) and (child is not one or child._compiled_call_impl is not None)
-                for one, child in zip(own, held.children(), strict=True)
-            )
+            like = [(one, child) for one, child in zip(own, held.children(), strict=True) if type(one) is type(module)]
+            asked_for = sum(child is not one or one._compiled_call_impl is not None for one, child in like)
+            return asked_for or len(like)
     return 1
 
 

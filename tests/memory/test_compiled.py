@@ -12,10 +12,11 @@ from allocations import peak_bytes
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import fxopt
+from fxopt import compat
 from fxopt.errors import BudgetError
 from fxopt.fallback import FxoptWarning
 from fxopt.memory.plan import KEPT, RECOMPUTED, Plan
-from fxopt.memory.steps import EARLIER
+from fxopt.memory.steps import EARLIER, alike
 from fxopt.passes import memory_plan
 
 
@@ -189,6 +190,48 @@ def test_layers_compiled_one_by_one_share_the_budget() -> None:
     assert raised.value.minimum < 0.8 * most
     for one, other in zip(gradients(layers), wanted, strict=True):
         assert (one - other).norm() <= 1e-6 * other.norm()
+
+
+class Layer(torch.nn.Linear):
+    """One of several, whose frame is not torch's."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return super().forward(input).tanh()
+
+
+@pytest.mark.parametrize(
+    ("how", "count"),
+    [("all", 3), ("two", 2), ("wrapped", 3), ("broken", 3), ("alone", 1), ("whole", 1)],
+)
+def test_calls_of_a_graph_are_counted(how: str, count: int) -> None:
+    """By the modules of its class in the list that holds the one whose frame is compiled."""
+    layers = torch.nn.ModuleList([*(Layer(4, 4) for _ in range(3)), torch.nn.Linear(4, 4)])
+    found: list[int] = []
+
+    def backend(gm: torch.fx.GraphModule, _: Any) -> Any:
+        found.append(alike(compat.module_being_compiled()))
+        return gm.forward
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        for layer in layers:
+            x = layer(x)
+            if how == "broken":
+                torch._dynamo.graph_break()
+        return x
+
+    torch.compiler.reset()
+    if how in ("all", "two"):
+        for layer in [*layers][: 3 if how == "all" else 2]:
+            layer.compile(backend=backend)
+    elif how == "wrapped":
+        for at in range(3):
+            layers[at] = torch.compile(layers[at], backend=backend)
+    elif how == "alone":
+        torch.compile(Layer(4, 4), backend=backend)(torch.ones(4))
+    run = torch.compile(forward, backend=backend) if how in ("broken", "whole") else forward
+    run(torch.ones(4, requires_grad=True))
+    assert found[0] == count
+    torch.compiler.reset()
 
 
 @pytest.mark.slow
