@@ -12,8 +12,9 @@ import copy
 import dataclasses
 import functools
 import logging
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 import sympy
 import torch
@@ -93,6 +94,12 @@ class PassesThroughDynamo(ShortenTraceback):
 
     def __init__(self, message: str):
         super().__init__(message, first_useful_frame=None)
+
+    def remove_dynamo_frames(self) -> Self:
+        """Without the hundred lines between the user's call and what raised; TORCHDYNAMO_VERBOSE=1 keeps them."""
+        frames = [frame for frame, _ in traceback.walk_tb(self.__traceback__)]
+        self.first_useful_frame = frames[-1] if frames else None
+        return super().remove_dynamo_frames()
 
 
 ENTER_AUTOCAST: Any = torch.amp._enter_autocast

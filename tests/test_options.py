@@ -40,8 +40,11 @@ def test_a_dump_that_is_a_file_is_refused(tmp_path):
 
 
 def test_the_error_reaches_the_user_unwrapped():
-    with pytest.raises(OptionError, match="did you mean 'logits'"):
+    with pytest.raises(OptionError, match="did you mean 'logits'") as raised:
         torch.compile(torch.sin, backend=fxopt.backend.fxopt, options={"logitz": 1})(torch.randn(3))
+    inside = [one.path.name for one in raised.traceback if "torch" in one.path.parts]
+    assert set(inside) <= {"eval_frame.py"}, "the user's call, Dynamo's entrance, and what was wrong"
+    assert raised.traceback[-1].path.name == "options.py"
 
 
 @pytest.mark.fault("a cache key that lacks options and version")
