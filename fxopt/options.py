@@ -54,7 +54,8 @@ class Options:
               (`fxopt.precision.policy`, docs/precision.md).
     choose:   "measure" times, at each site on CUDA and once for each kind of site on a machine, fxopt's kernel, torch's
               own and Inductor's code, and takes the best; "never" takes fxopt's wherever nothing is objected. Nothing
-              is measured on other devices, nor for rules in `force`.
+              is measured on other devices, nor for rules in `force`. A memory plan times products on any device, or
+              models them.
     memory_budget: what a step may take of the device, parameters and optimizer included: bytes, "12GiB", "80%" of the
               card, or "auto", what is free now. A step that cannot be held to it is a `BudgetError` before the first.
               None plans nothing: torch decides what is kept for the backward (docs/memory.md).
