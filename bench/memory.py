@@ -16,6 +16,7 @@ kernels are compiled without vectors, which changes no allocation and takes half
 import argparse
 import copy
 import gc
+import itertools
 import json
 import statistics
 import sys
@@ -191,7 +192,7 @@ def measure_times(rounds: int) -> dict[str, Any]:
     wanted = {"checkpointing": full.peak(), "half": peak - kept // 2, "30%": peak - int(0.7 * kept)}
     least = smallest(model, {})
     budgets = {name: max(budget, least) for name, budget in wanted.items()}
-    return time_steps(model, checkpointed, budgets, rounds) | {"wanted": wanted}
+    return time_steps(model, checkpointed, budgets, rounds) | {"wanted": wanted, "least": least}
 
 
 def time_steps(model: nn.Module, checkpointed: nn.Module, budgets: dict[str, int], rounds: int) -> dict[str, Any]:
@@ -217,6 +218,17 @@ def time_steps(model: nn.Module, checkpointed: nn.Module, budgets: dict[str, int
     return {"budgets": budgets, "peaks": peaks, "seconds": seconds, "ratios": ratios, "recompute_shares": shares}
 
 
+def growing(rows: list[dict[str, Any]]) -> list[str]:
+    """Return where a larger budget makes a step slower, by the model's seconds, or its peak lower, by more than 2%."""
+    found = []
+    for one, other in itertools.pairwise(rows):
+        if 1 + other["recompute_share"] > 1.02 * (1 + one["recompute_share"]):
+            found.append(f"{other['budget'] / MIB:.1f} MiB recompute more than {one['budget'] / MIB:.1f} MiB")
+        if other["measured"] < 0.98 * one["measured"]:
+            found.append(f"{other['budget'] / MIB:.1f} MiB have a lower peak than {one['budget'] / MIB:.1f} MiB")
+    return found
+
+
 def problems(result: dict[str, Any]) -> list[str]:
     """Return what is wrong, a sentence each."""
     found = []
@@ -233,7 +245,11 @@ def problems(result: dict[str, Any]) -> list[str]:
                 )
             if row["gradients"] > 1e-6:
                 found.append(f"{budget}: gradients differ by {row['gradients']:.1e}")
-    for name, ratio in result.get("time", {}).get("ratios", {}).items():
+        found += [f"{name}: {problem}" for problem in growing(rows)]
+    times = result.get("time", {})
+    if times and times["least"] > 1.02 * times["wanted"]["checkpointing"]:
+        found.append(f"the smallest budget is {times['least'] / MIB:.1f} MiB, above checkpointing every layer")
+    for name, ratio in times.get("ratios", {}).items():
         if ratio > TARGETS[name]:
             found.append(f"time at {name}: {ratio:.3f}x, target {TARGETS[name]:.2f}x")
     return found

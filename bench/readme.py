@@ -222,7 +222,9 @@ def plan_times(times: dict[str, Any]) -> list[str]:
         )
         milliseconds = 1000 * statistics.median(times["seconds"][name])
         lines.append(f"| {about} | {times['peaks'][name] / memory.MIB:.1f} | {milliseconds:,.0f} | {ratio} |")
-    return lines
+    least, checkpointing = times["least"] / memory.MIB, times["wanted"]["checkpointing"] / memory.MIB
+    smallest = f"The smallest budget that can be kept: {least:.1f} MiB, {least / checkpointing:.2f}x checkpointed."
+    return [*lines, "", smallest]
 
 
 def model_text() -> str:
