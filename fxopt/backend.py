@@ -56,25 +56,33 @@ def fxopt(
 
     limited = limit()
     plans: list[Plan | None] = [None]
+    notes: list[str] = []
 
     def compiler(graph: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         if limited is not None and limited.compiler != "inductor":
             return uncompiled(graph, inputs, limited.compiler)
-        compiled, plans[0] = compile_planned(graph, inputs, patches, key, parsed, name)
+        compiled, plans[0] = compile_planned(graph, inputs, patches, key, parsed, name, notes)
         return compiled
 
     chooser = chooser_for(parsed, patches)
     found, compiled = run(gm, example_inputs, parsed, compiler, name, chooser, limited=limited, plan=lambda: plans[0])
+    found.notes += notes
     record(Report([found]))
     return paced(compiled, found.steps)
 
 
 def compile_planned(
-    graph: fx.GraphModule, inputs: Sequence[Any], patches: Mapping[str, Any], key: str, options: Options, name: str
+    graph: fx.GraphModule,
+    inputs: Sequence[Any],
+    patches: Mapping[str, Any],
+    key: str,
+    options: Options,
+    name: str,
+    notes: list[str],
 ) -> tuple[Callable[..., Any], Plan | None]:
     """Compile `graph` by Inductor, within the memory budget if there is one; and the plan, None without.
 
-    Raises OptionError and BudgetError.
+    notes: gets what the report should say besides. Raises OptionError and BudgetError.
     """
     if options.memory is None:
         return compat.compile_graph(graph, inputs, patches, key), None
@@ -93,7 +101,8 @@ def compile_planned(
         raise
     except Exception as error:
         given: dict[str, object] = {"memory_budget": options.memory.budget.bytes}
-        warn_once("the memory plan", "there is none, and no budget is kept", error, graph, given)
+        part = f"the memory plan of {name}"  # a warning for each: every one of them breaks a promise
+        notes.append(warn_once(part, "there is none, and no budget is kept", error, graph, given))
         return compat.compile_graph(graph, inputs, patches, key), None
 
 
@@ -133,15 +142,34 @@ def run(
     chooser: what each site is measured by; None: nothing is. outlined, limited: see `Stages`. plan: what came of the
     memory plan, asked for once the compiler is done.
     """
-    stages, nothing = Stages(gm, options, name, outlined, limited), list[str]()
+    stages = Stages(gm, options, name, outlined, limited)
     if not stages.allows("capture", stages.write_repro):
         return stages.finish(), compiler(gm, inputs)
+    with compat.hidden_from_hooks():
+        graph, outputs, mixed = prepare(gm, inputs, stages, chooser)
+    with autocast_after(mixed):
+        compat.inherit_from_dynamo(graph, gm)
+        compiled = stages.run("compile", lambda: outputs.wrap(compiler(graph, inputs)), otherwise=None)
+        stages.planned(plan())
+    return stages.finish(), compiled or compiler(gm, inputs)
+
+
+def autocast_after(mixed: precision.Precision | None) -> contextlib.AbstractContextManager[Any]:
+    """Autocast off once casts are explicit: they are all there are."""
+    return contextlib.nullcontext() if mixed is None else without_autocast()
+
+
+def prepare(
+    gm: fx.GraphModule, inputs: Sequence[Any], stages: Stages, chooser: Chooses | None
+) -> tuple[fx.GraphModule, OutputPlan, precision.Precision | None]:
+    """All stages before the compiler: the graph for that, what becomes of its outputs, and which casts were made."""
+    options, nothing = stages.options, list[str]()
     graph = stages.run("capture", lambda: capture(gm, stages), otherwise=gm)
     mixed: precision.Precision | None = None
     if options.precision is not None and stages.allows("precision", stages.write_repro):
         policy = options.precision
         graph, mixed = stages.run("precision", lambda: cast(graph, policy, stages), otherwise=(graph, mixed))
-    with contextlib.nullcontext() if mixed is None else without_autocast():  # its casts are all there are
+    with autocast_after(mixed):
         graph, deferrable = stages.run(
             "rewrite", lambda: rewrite(graph, inputs, stages, chooser), otherwise=(graph, nothing)
         )
@@ -152,10 +180,7 @@ def run(
             stages.report.casts = precision.casts_in(graph)
             stages.report.notes.append(mixed.note(stages.report.casts))
         stages.dump_kernels(graph)
-        compat.inherit_from_dynamo(graph, gm)
-        compiled = stages.run("compile", lambda: outputs.wrap(compiler(graph, inputs)), otherwise=None)
-        stages.planned(plan())
-    return stages.finish(), compiled or compiler(gm, inputs)
+    return graph, outputs, mixed
 
 
 def capture(gm: fx.GraphModule, stages: Stages) -> fx.GraphModule:

@@ -22,6 +22,7 @@ from torch import fx
 from torch._C import _set_grad_enabled
 from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.exc import RestartAnalysis, ShortenTraceback, SkipFrame
+from torch._dynamo.source import ConstantSource
 from torch._functorch import partitioners
 from torch._guards import tracing
 from torch._higher_order_ops.wrap import tag_activation_checkpoint
@@ -58,8 +59,10 @@ __all__ = [
     "extern_kernel",
     "fake_mode_of",
     "forbid_data_pointer",
+    "frame_being_compiled",
     "fusible",
     "guard_or_false",
+    "hidden_from_hooks",
     "inductor_cache_directory",
     "inductor_option_names",
     "inherit_from_dynamo",
@@ -67,7 +70,6 @@ __all__ = [
     "load_wrapper",
     "lower",
     "mode_options",
-    "module_being_compiled",
     "must_recompute",
     "must_save",
     "outside_dispatch_modes",
@@ -117,16 +119,24 @@ def ends_in_break(gm: fx.GraphModule) -> bool:
     return bool(getattr(getattr(gm, "compile_subgraph_reason", None), "graph_break", False))
 
 
-def module_being_compiled() -> torch.nn.Module | None:
-    """The module whose method Dynamo is tracing in this thread; None where it is tracing none."""
+def frame_being_compiled() -> tuple[torch.nn.Module | None, str]:
+    """The module whose method Dynamo is tracing in this thread, None for a function; and where the code is, or "".
+
+    The module is the first argument, be it among ``*args``, or what a wrapper calls.
+    """
     from torch._dynamo.symbolic_convert import InstructionTranslator
 
     try:
         frame = InstructionTranslator.current_tx().output.root_tx
-        first = frame.f_locals[frame.f_code.co_varnames[0]]
-    except (AttributeError, LookupError, AssertionError):
-        return None
-    return first if isinstance(first, torch.nn.Module) else None
+        code, held = frame.f_code, frame.f_locals
+    except (AttributeError, AssertionError):
+        return None, ""
+    first = held.get("self", next((held[name] for name in code.co_varnames[:1] if name in held), None))
+    given = first[:1] if isinstance(first, tuple) else (first,)
+    called = [held.get(name) for name in code.co_freevars]
+    candidates = (*called, *(getattr(one, "__self__", None) for one in called), *given)
+    found = next((one for one in candidates if isinstance(one, torch.nn.Module)), None)
+    return found, f"{code.co_filename}:{code.co_firstlineno} {code.co_name}"
 
 
 def inherit_from_dynamo(gm: fx.GraphModule, source: fx.GraphModule) -> None:
@@ -138,12 +148,13 @@ def inherit_from_dynamo(gm: fx.GraphModule, source: fx.GraphModule) -> None:
     """
     if hasattr(source, "compile_subgraph_reason"):
         gm.compile_subgraph_reason = source.compile_subgraph_reason
-    own = [name for name, _ in (*gm.named_parameters(), *gm.named_buffers())]
     before, after = (list(one.graph.find_nodes(op="placeholder")) for one in (source, gm))
     known = hasattr(source, "_param_name_to_source") and all(hasattr(node, "_dynamo_source") for node in before)
-    if gm is source or own or not known or len(before) != len(after):
+    if gm is source or not known or len(before) != len(after):
         return
-    gm._param_name_to_source = source._param_name_to_source
+    own = (name for name, _ in (*gm.named_parameters(), *gm.named_buffers()))  # constants that capture made
+    sources: Any = source._param_name_to_source
+    gm._param_name_to_source = {name: ConstantSource(name) for name in own} | sources
     for old, new in zip(before, after, strict=True):
         new._dynamo_source = old._dynamo_source
         if "tensor_dict" in old.meta:
@@ -234,6 +245,14 @@ def apart() -> Iterator[None]:
     """
     with tracing(None), outside_dispatch_modes():
         yield
+
+
+def hidden_from_hooks() -> contextlib.AbstractContextManager[Any]:
+    """Within, what is traced and tried reaches no saved-tensor hook of the user, under which a backend may run.
+
+    A checkpoint counts what its hook sees, and raises where the second forward, compiled by then, shows it less.
+    """
+    return torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
 
 
 def is_batched(value: torch.Tensor) -> bool:

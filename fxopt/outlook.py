@@ -46,8 +46,9 @@ class Planner:
         plan, _ = planned(cut, self.request, self.budget)
         link, _ = self.request.link_on(cut.known, False)
         lowest = solve(Program(cut.joint, link), None)
-        rest = sum(plan.resident.values()) + int(cut.known.margin * self.budget)
-        self.minimum = max(self.minimum, rest + cut.replayed(lowest).peak)
+        margin = int(cut.known.margin * self.budget)
+        least = min(sum(plan.resident.values()) + cut.replayed(lowest).peak, plan.predicted)
+        self.minimum = max(self.minimum, least + margin)
         return plan
 
 

@@ -15,6 +15,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import fx
 
@@ -24,6 +25,7 @@ from fxopt.fake import value_of
 from fxopt.kernels.source import cache_directory, write_whole
 from fxopt.memory import describe
 from fxopt.memory.joint import Joint, read
+from fxopt.memory.modelled import SAFETY, modelled_step
 from fxopt.memory.offload import Places, offload
 from fxopt.memory.plan import Plan
 from fxopt.memory.planner import Decision, Infeasible, decide
@@ -32,7 +34,7 @@ from fxopt.memory.replay import Replay, replay
 from fxopt.memory.request import Request
 from fxopt.memory.resident import found_optimizer, inputs_of, optimizer_bytes, resident_bytes
 from fxopt.memory.solution import Solution
-from fxopt.memory.steps import ALONE, EARLIER, Piece, Step, alike, earlier_pieces, note_piece
+from fxopt.memory.steps import ALONE, EARLIER, Step, family_of, note_piece, piece_of, step_of
 from fxopt.memory.timing import MeasuredTimes, ModelledTimes
 from fxopt.memory.units import show_bytes
 from fxopt.version import VERSION
@@ -117,6 +119,7 @@ def planned(cut: Cut, request: Request, budget: int, step: Step = ALONE) -> tupl
     fixed = sum(resident.values()) + int(known.margin * budget)
     notes += step.told()
     decision = _decided(cut, request, budget, fixed, step.share, resident, notes)
+    notes += cut.notes
     saved = None if decision.solution is None else cut.names(decision.solution)
     return describe.plan_of(cut.joint, decision, cut.stock, budget, resident, notes), saved
 
@@ -160,6 +163,7 @@ class Cut:
     ):
         self.gm, self.joint_inputs, self.how, self.device = gm, inputs, how, device
         self.times, self.known, self.calls = times, times.device, calls
+        self.notes: list[str] = []
         self.outputs: int = how["num_fwd_outputs"]
         compat.partition(gm, inputs, self._read, **how)
 
@@ -202,7 +206,18 @@ class Cut:
         forward, backward = self.by(None if solution is None else self.names(solution))
         static = list(self.how.get("static_lifetime_input_indices") or ())
         lowered = compat.lower(forward, False, static), compat.lower(backward, True)
-        return replay(*lowered, self.outputs, self.known.granularity, self.device.type).repeated(self.calls)
+        try:
+            found = replay(*lowered, self.outputs, self.known.granularity, self.device.type)
+        except Exception as error:  # sizes and branches that only the data decides
+            why = type(error).__name__
+            self._told(f"its code cannot be replayed ({why}): peaks are those of the model, and a quarter more")
+            own = Solution(self.stock, np.zeros_like(self.stock), optimal=True) if solution is None else solution
+            found = modelled_step(self.joint, own).times(SAFETY)
+        return found.repeated(self.calls)
+
+    def _told(self, note: str) -> None:
+        if note not in self.notes:
+            self.notes.append(note)
 
 
 # --- remembering: on a hit in torch's caches nobody asks for a plan, and the report must not be lost ----------------
@@ -276,7 +291,9 @@ def planning(gm: fx.GraphModule, request: Request, options: str, name: str = "gr
     """
     device = _device_of(gm)
     budget = request.budget.on(device, device_of(device))  # a mistake is an error before anything is traced
-    step = Step(earlier_pieces(), compat.ends_in_break(gm), alike(compat.module_being_compiled()))
+    module, frame = compat.frame_being_compiled()
+    family = family_of(module)
+    step = step_of(family, frame, compat.ends_in_break(gm))
     found = Planning(_key(gm, request, budget, device, step, options), request, budget, device, step)
     _OPEN[found.partitioner.name] = found
     try:
@@ -287,9 +304,11 @@ def planning(gm: fx.GraphModule, request: Request, options: str, name: str = "gr
         raise
     finally:
         del _OPEN[found.partitioner.name]
+    piece = None
     if found.plan is not None:
         own = sum(size for what, size in found.plan.resident.items() if what != EARLIER)
-        note_piece(Piece(name, own, found.plan.retained), step.more)
+        piece = piece_of(name, family, frame, own, found.plan.retained)
+    note_piece(piece, family, step.more)
 
 
 def _device_of(gm: fx.GraphModule) -> torch.device:

@@ -177,7 +177,10 @@ class _Reader:
         backward_block = np.array(blocks.backward(self.backward), dtype=int)
         transient, gradients = self._transient()
         forced = np.array([compat.must_recompute(node) for node in forward], dtype=bool)
-        banned = np.array([_never_again(node) for node in forward], dtype=bool) & ~forced
+        banned = np.array([_never_again(node) for node in forward], dtype=bool)
+        by_view = banned & view & np.array([_is_tensor(node) for node in forward], dtype=bool)
+        banned[owner[by_view]] = True  # what must be there is the memory, of which a view is made again for nothing
+        banned &= ~by_view & ~forced
         moved = whole / self.times.device.bandwidth
         return Joint(
             forward=forward,

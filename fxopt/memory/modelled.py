@@ -1,6 +1,6 @@
 """A step's memory as the model has it, node by node, where no code is lowered to replay.
 
-Against replays of what Inductor compiles for a CPU see `SAFETY`.
+Against replays of what Inductor compiles for a CPU it was from 20% too low to 25% too high in small models.
 """
 
 from __future__ import annotations
@@ -11,7 +11,10 @@ from fxopt.memory.joint import Array, Joint
 from fxopt.memory.replay import GRADIENTS, KEPT, OUTPUTS, WORKING, Replay
 from fxopt.memory.solution import Lives, Solution, closure, forward_transient
 
-__all__ = ["modelled_step"]
+__all__ = ["SAFETY", "modelled_step"]
+
+SAFETY = 1.25
+"""Times the modelled bytes are enough where code cannot be replayed: the model was at most 20% too low."""
 
 EARLY = "made again early"
 EARLY_SHARE = 1.0

@@ -55,9 +55,10 @@ Trial = Callable[[Solution | None], Replay]
 
 
 class _Loop:
-    def __init__(self, joint: Joint, budget: float, trial: Trial, link: float):
+    def __init__(self, joint: Joint, stock: Array, budget: float, trial: Trial, link: float):
         begin = time.perf_counter()
         self.joint, self.budget, self.trial, self.program = joint, budget, trial, Program(joint, link)
+        self.own = Solution(stock, np.zeros_like(stock), optimal=True)
         self.bias = NO_BIAS
         self.seconds, self.trials = time.perf_counter() - begin, 0
         self.default: Replay | None = None
@@ -66,11 +67,10 @@ class _Loop:
     def decision(self, solution: Solution | None, replay: Replay) -> Decision:
         return Decision(solution, replay, self.default, self.seconds, self.trials)
 
-    def run(self, stock: Array) -> Decision:
-        """stock: which forward nodes torch keeps."""
-        own = Solution(stock, np.zeros_like(stock), optimal=True)
-        if self.program.modelled(own).peak * UNDER <= self.budget:
-            self.default = self.attempt(None, own)
+    def run(self) -> Decision:
+        """Torch's own choice if it fits, else what the search finds. Raises Infeasible."""
+        if self.program.modelled(self.own).peak * UNDER <= self.budget:
+            self.default = self.attempt(None, self.own)
             if self.default.peak <= self.budget:
                 return self.decision(None, self.default)
         self.search()
@@ -128,24 +128,31 @@ class _Loop:
         solution, replay = self.lowest()
         if replay.peak > self.budget:
             raise Infeasible(self.decision(solution, replay))
-        return self.cheapest()
+        return self.cheapest() if solution is not None else self.decision(None, replay)
 
     def cheapest(self) -> Decision:
         """Of the plans tried that fit."""
         fitting = [item for item in self.tried if item[1].peak <= self.budget]
         return self.decision(*min(fitting, key=lambda item: recompute_seconds(self.joint, item[0].saved)))
 
-    def lowest(self) -> tuple[Solution, Replay]:
-        """The plan with the lowest peak, found in the same way whatever the budget: what an error names must do."""
+    def lowest(self) -> tuple[Solution | None, Replay]:
+        """The plan with the lowest peak, found in the same way whatever the budget: what an error names must do.
+
+        None: torch's own, which is lower where the order of the code matters more than what is kept.
+        """
         self.bias = NO_BIAS
-        found: list[tuple[Solution, Replay]] = []
+        found: list[tuple[Solution | None, Replay]] = []
         for _ in range(DESCENTS):
             solution = self.solved(None)
             if solution is None:
                 raise ValueError("the constraints of the user's checkpoints contradict one another")
-            if any(np.array_equal(solution.saved, one.saved) for one, _ in found):
+            if any(one is not None and np.array_equal(solution.saved, one.saved) for one, _ in found):
                 break
             found.append((solution, self.attempt(solution, solution)))
+        least = min(replay.peak for _, replay in found)
+        if self.program.modelled(self.own).peak * UNDER <= least:
+            self.default = self.default or self.attempt(None, self.own)
+            found.append((None, self.default))
         return min(found, key=lambda item: item[1].peak)
 
 
@@ -155,4 +162,4 @@ def decide(joint: Joint, stock: Array, budget: float, trial: Trial, link: float 
     stock: which of `joint.forward` torch's own partitioner keeps; if that fits, it is what is done. trial: lowers a
     plan and replays its code. link: bytes a second for offloading, 0 for none. Raises Infeasible.
     """
-    return _Loop(joint, budget, trial, link).run(stock)
+    return _Loop(joint, stock, budget, trial, link).run()

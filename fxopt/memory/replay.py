@@ -132,9 +132,14 @@ class Replay:
         forward = [size + (calls - 1) * retained for size in self.forward]
         backward = [size + (calls - 1) * max(retained, left) for size in self.backward]
         both, own = [*forward, *backward], [*self.forward, *self.backward]
-        parts = _parts(self.trace, both)
+        parts = _parts(self.trace, both) if self.trace.moves else self.parts
         top = max(range(len(both)), key=both.__getitem__)
         return Replay(forward, backward, {**parts, CALLS: both[top] - own[top]}, self.trace)
+
+    def times(self, factor: float) -> Replay:
+        """With `factor` times the bytes."""
+        forward, backward = ([int(factor * size) for size in part] for part in (self.forward, self.backward))
+        return Replay(forward, backward, {name: int(factor * size) for name, size in self.parts.items()})
 
     @property
     def peaks(self) -> tuple[int, int]:

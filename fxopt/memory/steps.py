@@ -1,22 +1,24 @@
-"""Graphs that share a budget: pieces of a model that Dynamo cuts at a graph break, and layers compiled one by one.
+"""Graphs that share a budget: pieces of a model that Dynamo cuts at graph breaks, and modules compiled one by one.
 
-Pieces are compiled in the order of the forward, so what the earlier ones hold is known, and what the later ones will
-need is not. A piece that others follow plans with half of what is left. A layer's graph serves all layers like it, and
+They are compiled in the order of the forward, so what the earlier ones hold is known, and what the later ones will need
+is not: a graph that others follow plans with half of what is left. The graph of a layer serves all layers like it, and
 is planned for as many calls as there are of them.
 """
 
 from __future__ import annotations
 
+import collections
 import contextvars
 import dataclasses
 import gc
+import weakref
 from collections.abc import Iterator, Mapping
 
 from torch import nn
 
 from fxopt.memory.units import show_bytes
 
-__all__ = ["ALONE", "EARLIER", "Piece", "Step", "alike", "earlier_pieces", "note_piece"]
+__all__ = ["ALONE", "EARLIER", "Family", "Piece", "Step", "family_of", "note_piece", "piece_of", "step_of"]
 
 SHARE = 0.5
 EARLIER = "earlier graphs of the step"
@@ -24,12 +26,82 @@ EARLIER = "earlier graphs of the step"
 
 
 @dataclasses.dataclass(frozen=True)
+class Family:
+    """The module whose frame is compiled, among those that it belongs with.
+
+    members: of the largest module that holds it. calls: how many of them are of its class and compiled one by one.
+    kinds: the classes of those that are trained and compiled one by one. inner: whether its frame is compiled because
+    that of a module around it breaks.
+    """
+
+    module: nn.Module | None = None
+    members: frozenset[nn.Module] = frozenset()
+    calls: int = 1
+    kinds: frozenset[type] = frozenset()
+    inner: bool = False
+
+
+def family_of(module: nn.Module | None) -> Family:
+    """Of ``for layer in model.layers: layer.compile(...)``, or ``layers[i] = torch.compile(...)``.
+
+    Where the model is compiled and breaks between its layers, Dynamo compiles all of a class.
+    """
+    if module is None:
+        return Family()
+    parents = _parents()
+    above = [module, *_above(module, parents)]
+    members = max((frozenset(one.modules()) for one in above), key=len)
+    wrapped = {getattr(one, "_orig_mod", None) for one in members}
+    compiled = {one for one in members if one._compiled_call_impl is not None or one in wrapped}
+    # One that lies in another that is compiled is part of the graph of that.
+    apart = [one for one in compiled if not any(up in compiled for up in _above(one, parents))]
+    like = sum(type(one) is type(module) for one in apart)
+    inner = module not in apart and any(up in compiled for up in above[1:])
+    if inner:
+        like = sum(type(one) is type(module) for one in members)
+    kinds = frozenset(type(one) for one in apart if any(part.requires_grad for part in one.parameters()))
+    return Family(module, members, max(like, 1), kinds, inner)
+
+
+def _parents() -> Mapping[nn.Module, list[nn.Module]]:
+    """Of each module in the process those that hold it."""
+    found = collections.defaultdict[nn.Module, list[nn.Module]](list)
+    for one in gc.get_objects():
+        # By type, as in `resident`: isinstance asks objects that warn or raise. A module half made has no parts.
+        if issubclass(type(one), nn.Module):
+            for part in one.__dict__.get("_modules", {}).values():
+                if part is not None:
+                    found[part].append(one)
+    return found
+
+
+def _above(module: nn.Module, parents: Mapping[nn.Module, list[nn.Module]]) -> Iterator[nn.Module]:
+    """All modules that hold `module`, at any depth, but wrappers of itself; each once."""
+    seen, waiting = {module}, [module]
+    while waiting:
+        for up in parents.get(waiting.pop(), ()):
+            if up not in seen:
+                seen.add(up)
+                waiting.append(up)
+                if getattr(up, "_orig_mod", None) is not module:
+                    yield up
+
+
+@dataclasses.dataclass(frozen=True)
 class Piece:
-    """A graph of the step that is compiled. resident, retained: bytes of its own, as its plan has them."""
+    """A graph of the step that is compiled. resident, retained: bytes of its own, as its plan has them.
+
+    frame: of the code that Dynamo traced, "" where it is not known. module, kind: the one whose frame it is and its
+    class, None for a function's. for_all: whether it is planned for all calls of the class.
+    """
 
     name: str
     resident: int
     retained: int
+    frame: str = dataclasses.field(default="", repr=False)
+    module: weakref.ref[nn.Module] | None = dataclasses.field(default=None, repr=False)
+    kind: type | None = dataclasses.field(default=None, repr=False)
+    for_all: bool = dataclasses.field(default=False, repr=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +133,7 @@ class Step:
             others = ", ".join(piece.name for piece in self.earlier)
             found.append(f"the budget is shared with {others} of this step, which hold {show_bytes(self.held)}")
         if self.more:
-            found.append("others follow after a graph break: half of what is left is planned for this one")
+            found.append("other graphs of the step follow: half of what is left is planned for this one")
         if self.calls > 1:
             found.append(
                 f"{self.calls} modules like this one are compiled one by one: the budget is for a call of each, and "
@@ -73,35 +145,43 @@ class Step:
 ALONE = Step()
 
 
-def alike(module: nn.Module | None) -> int:
-    """How many modules of the class of `module` are compiled one by one in the list that holds it; 1 without one.
-
-    Of ``for layer in model.layers: layer.compile(...)``, or ``layers[i] = torch.compile(...)``, or of a model that
-    breaks between its layers, of which Dynamo then compiles all.
-    """
-    for held in _lists() if module is not None else ():
-        own = [getattr(child, "_orig_mod", child) for child in held.children()]
-        if any(one is module for one in own):
-            like = [(one, child) for one, child in zip(own, held.children(), strict=True) if type(one) is type(module)]
-            asked_for = sum(child is not one or one._compiled_call_impl is not None for one, child in like)
-            return asked_for or len(like)
-    return 1
-
-
-def _lists() -> Iterator[nn.Module]:
-    # By type, as in `resident`: isinstance asks objects that warn or raise.
-    kinds = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
-    return (one for one in gc.get_objects() if issubclass(type(one), kinds))
-
-
 _EARLIER: contextvars.ContextVar[tuple[Piece, ...]] = contextvars.ContextVar("fxopt_pieces", default=())
 
 
-def earlier_pieces() -> tuple[Piece, ...]:
-    """The pieces of the step under way in this thread that are compiled."""
-    return _EARLIER.get()
+def step_of(family: Family, frame: str, breaks: bool) -> Step:
+    """The step under way in this thread as a graph of `frame`, a method of `family.module`, finds it.
+
+    breaks: whether Dynamo cut the graph at a break. Pieces of other models are left out, and so are all where one of
+    them is of the same frame: the step has begun anew.
+    """
+    pieces = [one for one in _EARLIER.get() if _together(one, family)]
+    if any(one.frame == frame != "" and not one.for_all for one in pieces):
+        pieces = []
+    # A second graph for the same calls, as of the layer whose input wants no gradient, is in the place of the first.
+    pieces = [one for one in pieces if not (one.for_all and one.kind is type(family.module))]
+    _EARLIER.set(tuple(pieces))
+    waiting = family.kinds - {one.kind for one in pieces} - {type(family.module)}
+    return Step(tuple(pieces), breaks or family.inner or bool(waiting), family.calls)
 
 
-def note_piece(piece: Piece, more: bool) -> None:
-    """`piece` is compiled; the step is over unless there are `more`."""
-    _EARLIER.set((*_EARLIER.get(), piece) if more else ())
+def _together(piece: Piece, family: Family) -> bool:
+    """Whether one model holds both; functions may belong to any."""
+    if piece.module is None or family.module is None:
+        return True
+    return piece.module() in family.members
+
+
+def piece_of(name: str, family: Family, frame: str, resident: int, retained: int) -> Piece:
+    """A graph of `frame` that is compiled; see `Piece`."""
+    held = None if family.module is None else weakref.ref(family.module)
+    kind = None if family.module is None else type(family.module)
+    return Piece(name, resident, retained, frame, held, kind, family.calls > 1)
+
+
+def note_piece(piece: Piece | None, family: Family, more: bool) -> None:
+    """A graph of `family` is compiled, None: without a plan. The step is over unless there are `more`.
+
+    Where several classes are compiled one by one, there is no last graph: each may be compiled again for other inputs.
+    """
+    pieces = (*_EARLIER.get(), *([] if piece is None else [piece]))
+    _EARLIER.set(pieces if more or len(family.kinds) > 1 else ())

@@ -246,7 +246,7 @@ class Run:
 def _by_plan(graph: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
     """Compiled as a budget has it compiled."""
     options = Options(memory_budget=_LOWEST.budget, optimizer=_LOWEST.optimizer, infeasible=_LOWEST.infeasible)
-    return pipeline.compile_planned(graph, inputs, {}, "fuzz", options, "graph 0")[0]
+    return pipeline.compile_planned(graph, inputs, {}, "fuzz", options, "graph 0", [])[0]
 
 
 def _difference(one: Tensor, other: Tensor) -> str | None:
