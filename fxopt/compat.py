@@ -14,13 +14,14 @@ import functools
 import logging
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import sympy
 import torch
 from torch import fx
 from torch._C import _set_grad_enabled
 from torch._dispatch.python import enable_python_dispatcher
+from torch._dynamo import convert_frame, eval_frame, external_utils
 from torch._dynamo.exc import RestartAnalysis, ShortenTraceback, SkipFrame
 from torch._dynamo.source import ConstantSource
 from torch._functorch import partitioners
@@ -106,6 +107,9 @@ class PassesThroughDynamo(ShortenTraceback):
 
 ENTER_AUTOCAST: Any = torch.amp._enter_autocast
 EXIT_AUTOCAST: Any = torch.amp._exit_autocast
+RESUME = "torch_dynamo_resume_in_"
+"""How Dynamo names the rest of a frame that it has cut."""
+
 STATE_SWITCHES: frozenset[Any] = frozenset({_set_grad_enabled, ENTER_AUTOCAST, EXIT_AUTOCAST})
 """Nodes that change ambient state for the nodes after them: grad mode and autocast regions."""
 
@@ -119,10 +123,18 @@ def ends_in_break(gm: fx.GraphModule) -> bool:
     return bool(getattr(getattr(gm, "compile_subgraph_reason", None), "graph_break", False))
 
 
-def frame_being_compiled() -> tuple[torch.nn.Module | None, str]:
-    """The module whose method Dynamo is tracing in this thread, None for a function; and where the code is, or "".
+class Frame(NamedTuple):
+    """What Dynamo traces. module: its first argument. code: where it is. inner: whether one that breaks calls it."""
 
-    The module is the first argument, be it among ``*args``, or what a wrapper calls.
+    module: torch.nn.Module | None = None
+    code: str = ""
+    inner: bool = False
+
+
+def frame_being_compiled() -> Frame:
+    """The frame at the root of what Dynamo traces in this thread; an empty one where it traces none.
+
+    A first argument may be among ``*args``, or be what Dynamo's wrapper of torch's own modules calls.
     """
     from torch._dynamo.symbolic_convert import InstructionTranslator
 
@@ -130,13 +142,34 @@ def frame_being_compiled() -> tuple[torch.nn.Module | None, str]:
         frame = InstructionTranslator.current_tx().output.root_tx
         code, held = frame.f_code, frame.f_locals
     except (AttributeError, AssertionError):
-        return None, ""
+        return Frame()
     first = held.get("self", next((held[name] for name in code.co_varnames[:1] if name in held), None))
     given = first[:1] if isinstance(first, tuple) else (first,)
-    called = [held.get(name) for name in code.co_freevars]
-    candidates = (*called, *(getattr(one, "__self__", None) for one in called), *given)
+    called = held.get("fn") if code.co_filename == external_utils.__file__ else None
+    candidates = (called, getattr(called, "__self__", None), *given)
     found = next((one for one in candidates if isinstance(one, torch.nn.Module)), None)
-    return found, f"{code.co_filename}:{code.co_firstlineno} {code.co_name}"
+    return Frame(found, f"{code.co_filename}:{code.co_firstlineno} {code.co_name}", _is_inner(code.co_name))
+
+
+def _is_inner(name: str) -> bool:
+    """Whether the frame that Dynamo traces, of code called `name`, is called by other code than the user's.
+
+    Above Dynamo's own frames in the stack is who calls it: what `torch.compile` returned, by a module's ``__call__`` or
+    not, or another frame, which Dynamo has cut at this call. The beginning of a frame that was cut calls the rest of it.
+    """
+    stack = [(frame.f_code.co_filename, frame.f_code.co_name) for frame, _ in traceback.walk_stack(None)]
+    own = convert_frame.__file__
+    while stack and stack[0] != (own, "__call__"):
+        stack.pop(0)
+    while stack and stack[0][0] == own:
+        stack.pop(0)
+    if name.startswith(RESUME):
+        while stack and stack[0][1].startswith(RESUME):
+            stack.pop(0)
+        stack = stack[1:]
+    while stack and stack[0][0] == torch.nn.modules.module.__file__:
+        stack.pop(0)
+    return bool(stack) and stack[0][0] != eval_frame.__file__
 
 
 def inherit_from_dynamo(gm: fx.GraphModule, source: fx.GraphModule) -> None:

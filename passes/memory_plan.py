@@ -138,7 +138,7 @@ def _decided(
         if request.infeasible == "minimum":
             notes.append(f"no plan fits {show_bytes(budget)}: this is the one with the lowest peak there is")
             return lowest
-        raise BudgetError(describe.infeasible(budget, minimum, resident, lowest), minimum) from None
+        raise BudgetError(describe.infeasible(budget, minimum, resident, lowest, share), minimum) from None
 
 
 def _stock(_: fx.Graph, __: Any, stock: Callable[[], Any]) -> Any:
@@ -291,9 +291,8 @@ def planning(gm: fx.GraphModule, request: Request, options: str, name: str = "gr
     """
     device = _device_of(gm)
     budget = request.budget.on(device, device_of(device))  # a mistake is an error before anything is traced
-    module, frame = compat.frame_being_compiled()
-    family = family_of(module)
-    step = step_of(family, frame, compat.ends_in_break(gm))
+    family = family_of(compat.frame_being_compiled())
+    step = step_of(family, compat.ends_in_break(gm))
     found = Planning(_key(gm, request, budget, device, step, options), request, budget, device, step)
     _OPEN[found.partitioner.name] = found
     try:
@@ -307,7 +306,7 @@ def planning(gm: fx.GraphModule, request: Request, options: str, name: str = "gr
     piece = None
     if found.plan is not None:
         own = sum(size for what, size in found.plan.resident.items() if what != EARLIER)
-        piece = piece_of(name, family, frame, own, found.plan.retained)
+        piece = piece_of(name, family, own, found.plan.retained)
     note_piece(piece, family, step.more)
 
 

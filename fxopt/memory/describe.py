@@ -67,13 +67,14 @@ def _reason(joint: Joint, at: int, decision: str) -> str:
     return f"making it again takes {microseconds:.0f} us"
 
 
-def infeasible(budget: int, minimum: int, resident: Mapping[str, int], lowest: Decision) -> str:
-    """The message of a `BudgetError`."""
+def infeasible(budget: int, minimum: int, resident: Mapping[str, int], lowest: Decision, share: float) -> str:
+    """The message of a `BudgetError`. share: of what is left, what this graph may take."""
     parts = sorted({**resident, **lowest.replay.parts}.items(), key=lambda item: -item[1])
     dominant = ", ".join(f"{name} {show_bytes(size)}" for name, size in parts[:4])
     megabytes = -(-minimum // 2**20)
+    others = "" if share == 1 else f" That leaves {1 - share:.0%} of the rest to the graphs of the step that follow."
     return (
         f"memory_budget={show_bytes(budget)} is too small for a step of this model. The smallest that would do is "
-        f'"{megabytes}MiB", of which: {dominant}. Raise the budget, make the batch or the sequence shorter, choose a '
-        'smaller optimizer state (option optimizer), or train with infeasible="minimum".'
+        f'"{megabytes}MiB", of which: {dominant}.{others} Raise the budget, make the batch or the sequence shorter, '
+        'choose a smaller optimizer state (option optimizer), or train with infeasible="minimum".'
     )

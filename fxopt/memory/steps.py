@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping
 
 from torch import nn
 
+from fxopt.compat import Frame
 from fxopt.memory.units import show_bytes
 
 __all__ = ["ALONE", "EARLIER", "Family", "Piece", "Step", "family_of", "note_piece", "piece_of", "step_of"]
@@ -31,7 +32,7 @@ class Family:
 
     members: of the largest module that holds it. calls: how many of them are of its class and compiled one by one.
     kinds: the classes of those that are trained and compiled one by one. inner: whether its frame is compiled because
-    that of a module around it breaks.
+    one that calls it breaks. code: where that of the frame is, "" where there is none.
     """
 
     module: nn.Module | None = None
@@ -39,28 +40,28 @@ class Family:
     calls: int = 1
     kinds: frozenset[type] = frozenset()
     inner: bool = False
+    code: str = ""
 
 
-def family_of(module: nn.Module | None) -> Family:
+def family_of(frame: Frame) -> Family:
     """Of ``for layer in model.layers: layer.compile(...)``, or ``layers[i] = torch.compile(...)``.
 
     Where the model is compiled and breaks between its layers, Dynamo compiles all of a class.
     """
+    module = frame.module
     if module is None:
-        return Family()
+        return Family(inner=frame.inner, code=frame.code)
     parents = _parents()
-    above = [module, *_above(module, parents)]
-    members = max((frozenset(one.modules()) for one in above), key=len)
+    members = max((frozenset(one.modules()) for one in (module, *_above(module, parents))), key=len)
     wrapped = {getattr(one, "_orig_mod", None) for one in members}
     compiled = {one for one in members if one._compiled_call_impl is not None or one in wrapped}
     # One that lies in another that is compiled is part of the graph of that.
     apart = [one for one in compiled if not any(up in compiled for up in _above(one, parents))]
     like = sum(type(one) is type(module) for one in apart)
-    inner = module not in apart and any(up in compiled for up in above[1:])
-    if inner:
+    if module not in apart:
         like = sum(type(one) is type(module) for one in members)
     kinds = frozenset(type(one) for one in apart if any(part.requires_grad for part in one.parameters()))
-    return Family(module, members, max(like, 1), kinds, inner)
+    return Family(module, members, like, kinds, frame.inner, frame.code)
 
 
 def _parents() -> Mapping[nn.Module, list[nn.Module]]:
@@ -91,14 +92,14 @@ def _above(module: nn.Module, parents: Mapping[nn.Module, list[nn.Module]]) -> I
 class Piece:
     """A graph of the step that is compiled. resident, retained: bytes of its own, as its plan has them.
 
-    frame: of the code that Dynamo traced, "" where it is not known. module, kind: the one whose frame it is and its
-    class, None for a function's. for_all: whether it is planned for all calls of the class.
+    code, module, kind: of the frame, see `Family`, and the module's class. for_all: whether it is planned for all calls
+    of the class.
     """
 
     name: str
     resident: int
     retained: int
-    frame: str = dataclasses.field(default="", repr=False)
+    code: str = dataclasses.field(default="", repr=False)
     module: weakref.ref[nn.Module] | None = dataclasses.field(default=None, repr=False)
     kind: type | None = dataclasses.field(default=None, repr=False)
     for_all: bool = dataclasses.field(default=False, repr=False)
@@ -148,14 +149,14 @@ ALONE = Step()
 _EARLIER: contextvars.ContextVar[tuple[Piece, ...]] = contextvars.ContextVar("fxopt_pieces", default=())
 
 
-def step_of(family: Family, frame: str, breaks: bool) -> Step:
-    """The step under way in this thread as a graph of `frame`, a method of `family.module`, finds it.
+def step_of(family: Family, breaks: bool) -> Step:
+    """The step under way in this thread as a graph of `family` finds it.
 
     breaks: whether Dynamo cut the graph at a break. Pieces of other models are left out, and so are all where one of
     them is of the same frame: the step has begun anew.
     """
     pieces = [one for one in _EARLIER.get() if _together(one, family)]
-    if any(one.frame == frame != "" and not one.for_all for one in pieces):
+    if any(one.code == family.code != "" and not one.for_all for one in pieces):
         pieces = []
     # A second graph for the same calls, as of the layer whose input wants no gradient, is in the place of the first.
     pieces = [one for one in pieces if not (one.for_all and one.kind is type(family.module))]
@@ -171,11 +172,11 @@ def _together(piece: Piece, family: Family) -> bool:
     return piece.module() in family.members
 
 
-def piece_of(name: str, family: Family, frame: str, resident: int, retained: int) -> Piece:
-    """A graph of `frame` that is compiled; see `Piece`."""
+def piece_of(name: str, family: Family, resident: int, retained: int) -> Piece:
+    """A graph of `family` that is compiled; see `Piece`."""
     held = None if family.module is None else weakref.ref(family.module)
     kind = None if family.module is None else type(family.module)
-    return Piece(name, resident, retained, frame, held, kind, family.calls > 1)
+    return Piece(name, resident, retained, family.code, held, kind, family.calls > 1)
 
 
 def note_piece(piece: Piece | None, family: Family, more: bool) -> None:

@@ -16,7 +16,7 @@ from fxopt import compat
 from fxopt.errors import BudgetError
 from fxopt.fallback import FxoptWarning
 from fxopt.memory.plan import KEPT, RECOMPUTED, Plan
-from fxopt.memory.steps import EARLIER, family_of
+from fxopt.memory.steps import EARLIER, Step, family_of, note_piece, piece_of, step_of
 from fxopt.passes import memory_plan
 
 
@@ -211,7 +211,7 @@ def test_calls_of_a_graph_are_counted(how: str, count: int) -> None:
     found: list[int] = []
 
     def backend(gm: torch.fx.GraphModule, _: Any) -> Any:
-        found.append(family_of(compat.frame_being_compiled()[0]).calls)
+        found.append(family_of(compat.frame_being_compiled()).calls)
         return gm.forward
 
     def forward(x: torch.Tensor) -> torch.Tensor:
@@ -234,6 +234,87 @@ def test_calls_of_a_graph_are_counted(how: str, count: int) -> None:
     run(torch.ones(4, requires_grad=True))
     assert found[0] == count
     torch.compiler.reset()
+
+
+class Mixer(torch.nn.Module):
+    """A layer of another class."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Layer(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(x) * x
+
+
+def steps_of(model: torch.nn.Module, compiled: list[torch.nn.Module], x: torch.Tensor) -> list[Step]:
+    """What each graph finds as `compiled`, modules of `model`, are called one after the other; and each is noted."""
+    found: list[Step] = []
+
+    def backend(gm: torch.fx.GraphModule, _: Any) -> Any:
+        family = family_of(compat.frame_being_compiled())
+        found.append(step_of(family, compat.ends_in_break(gm)))
+        note_piece(piece_of(f"graph {len(found) - 1}", family, 100, 10), family, found[-1].more)
+        return gm.forward
+
+    torch.compiler.reset()
+    for module in compiled:
+        module.compile(backend=backend)
+    model(x)
+    return found
+
+
+def test_classes_that_alternate_share_the_budget() -> None:
+    model = torch.nn.Sequential(Layer(4, 4), Mixer(), Layer(4, 4), Mixer())
+    first, other = steps_of(model, [*model], torch.ones(4, requires_grad=True))
+    assert (first.calls, first.earlier, first.more) == (2, (), True)
+    assert (other.calls, other.held, other.more) == (2, 110, False)
+    # Whatever else is compiled next is of another step.
+    (alone,) = steps_of(lone := Mixer(), [lone], torch.ones(4, requires_grad=True))
+    assert alone == Step()
+
+
+def test_the_graph_of_a_layer_whose_input_wants_no_gradient_is_in_the_place_of_the_others() -> None:
+    model = torch.nn.Sequential(Layer(4, 4), Layer(4, 4), Mixer())
+    first, second, last = steps_of(model, [*model], torch.ones(4))
+    assert (first.held, first.more) == (0, True)
+    assert (second.held, second.more) == (0, True)
+    assert (last.held, last.more) == (110, False)
+
+
+@pytest.mark.parametrize("by", ["method", "function"])
+def test_a_model_whose_forward_is_compiled_is_all_there_is(by: str) -> None:
+    model, found = Mixer(), list[Step]()
+
+    def backend(gm: torch.fx.GraphModule, _: Any) -> Any:
+        found.append(step_of(family_of(compat.frame_being_compiled()), compat.ends_in_break(gm)))
+        return gm.forward
+
+    torch.compiler.reset()
+    call = torch.compile(model.forward if by == "method" else lambda x: 2 * model(x), backend=backend)
+    call(torch.ones(4, requires_grad=True))
+    assert found == [Step()]
+
+
+class Broken(torch.nn.Module):
+    """Two pieces, or one and nothing after it."""
+
+    def __init__(self, trailing: bool = False) -> None:
+        super().__init__()
+        self.first, self.second, self.trailing = Layer(4, 4), Layer(4, 4), trailing
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
+        torch._dynamo.graph_break()
+        return x if self.trailing else self.second(x)
+
+
+def test_a_step_that_begins_anew_and_another_model_find_no_pieces() -> None:
+    x = torch.ones(4, requires_grad=True)
+    for model in (Broken(trailing=True), whole := Broken(), whole):
+        first, *rest = steps_of(model, [model], x)
+        assert (first.earlier, first.more) == ((), True)
+        assert [(one.held, one.more) for one in rest] == ([] if model.trailing else [(110, False)])
 
 
 @pytest.mark.slow
