@@ -155,7 +155,7 @@ def _is_inner(name: str) -> bool:
     """Whether the frame that Dynamo traces, of code called `name`, is called by other code than the user's.
 
     Above Dynamo's own frames in the stack is who calls it: what `torch.compile` returned, by a module's ``__call__`` or
-    not, or another frame, which Dynamo has cut at this call. The beginning of a frame that was cut calls the rest of it.
+    not, or another frame, which Dynamo has cut at this call. The rest of a cut frame is called by its beginning.
     """
     stack = [(frame.f_code.co_filename, frame.f_code.co_name) for frame, _ in traceback.walk_stack(None)]
     own = convert_frame.__file__

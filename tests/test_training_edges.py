@@ -71,6 +71,19 @@ def _seeded(call: Callable[..., Any], inputs: models.Inputs, seed: int) -> Tenso
         return call(**inputs).loss
 
 
+def test_a_checkpoint_around_a_compiled_layer_counts_only_what_that_saves() -> None:
+    """The first forward is compiled within it, under its saved-tensor hooks; the second one is not."""
+    layer = torch.nn.Sequential(torch.nn.LayerNorm(8), torch.nn.Linear(8, 8), torch.nn.GELU())
+    compiled = torch.compile(layer, backend="fxopt")
+    x = torch.randn(4, 8, requires_grad=True)
+    torch.utils.checkpoint.checkpoint(compiled, x, use_reentrant=False).sum().backward()
+    found, x.grad = x.grad, None
+    layer(x).sum().backward()
+    assert found is not None
+    assert x.grad is not None
+    torch.testing.assert_close(found, x.grad)
+
+
 def test_use_cache_returns_the_cache_too() -> None:
     model, inputs = small(use_cache=True)
     check(model, compiled(model), inputs)

@@ -126,6 +126,17 @@ def test_planning_that_fails_leaves_training_as_it_is(monkeypatch: pytest.Monkey
     assert all(one.grad is not None for one in model.parameters())
 
 
+@torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True)
+def test_code_that_only_runs_with_data_is_planned_by_the_model() -> None:
+    layer = torch.nn.Linear(16, 16)
+    torch.compiler.reset()
+    options = {"optimizer": "sgd", "inductor": SCALAR, "memory_budget": "1GiB"}
+    run = torch.compile(lambda x: layer(x[x[:, 0] > 0]).sum(), backend="fxopt", options=options)
+    run(torch.randn(64, 16, requires_grad=True)).backward()
+    assert any("cannot be replayed" in note for note in last_plan().notes)
+    assert last_plan().predicted > 0
+
+
 def test_graphs_of_one_step_share_the_budget() -> None:
     first, second = torch.nn.Linear(64, 64), torch.nn.Linear(64, 64)
 

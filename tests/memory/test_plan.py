@@ -172,6 +172,30 @@ def test_a_users_checkpoint_is_obeyed() -> None:
         assert inside == []
 
 
+def test_a_view_that_checkpoints_share_stands_for_its_base() -> None:
+    """Torch marks what two checkpoints read as saved, and it may be a view of an intermediate value."""
+    of = model()
+    checkpoint = torch.utils.checkpoint.checkpoint
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        scale = x.detach().mean(0, keepdim=True).exp().unsqueeze(0)
+        for layer in of.layers:
+            x = checkpoint(lambda x, layer=layer: layer(x) * scale.squeeze(0), x, use_reentrant=False)
+        return x.square().mean()
+
+    wanted = step(forward, of, batch())
+    planned = Planned(forward, request(2**20, infeasible="minimum"))
+    assert all(torch.equal(one, other) for one, other in zip(step(planned, of, batch()), wanted, strict=True))
+    assert planned.plan.predicted > 0
+
+
+def test_constants_of_a_graph_do_not_hide_its_parameters() -> None:
+    of = model()
+    planned = Planned(lambda x: of(x * torch.tensor([1.0, 2.0]).repeat(WIDTH // 2)), request("1GiB"))
+    step(planned, of, batch())
+    assert planned.plan.resident["parameters"] >= sum(one.nbytes for one in of.parameters())
+
+
 @pytest.mark.slow
 def test_sizes_that_change_are_planned_by_their_hints_and_make_no_guards() -> None:
     of = model()

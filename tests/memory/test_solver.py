@@ -133,6 +133,22 @@ def test_the_loop_corrects_a_model_that_is_wrong(factor: float, more: int, share
     assert code.tried == before + 1
 
 
+def test_torchs_own_choice_is_the_lowest_plan_where_it_is() -> None:
+    """What an error names must do, and what does may be what torch keeps anyway."""
+    of, stock = joint_of(Model(2), torch.randn(2, TOKENS, WIDTH))
+    own = Program(of).modelled(Solution(stock, np.zeros_like(stock), True)).peak
+    code = Code(of, stock, 1.0, int(own))  # whatever is planned is worse
+
+    def trial(solution: Solution | None) -> Replay:
+        return Replay([int(own)], [0], {}) if solution is None else code(solution)
+
+    with pytest.raises(Infeasible) as none:
+        decide(of, stock, 1.0, trial)
+    assert none.value.lowest.solution is None
+    assert none.value.lowest.replay.peak == int(own)
+    assert decide(of, stock, own, trial).solution is None
+
+
 @pytest.mark.parametrize("share", [0.5, 0.8])
 def test_a_model_that_is_wrong_by_what_is_kept_still_uses_most_of_the_budget(share: float) -> None:
     of, stock = joint_of(Model(3), torch.randn(2, TOKENS, WIDTH))
