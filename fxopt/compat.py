@@ -11,6 +11,7 @@ import contextvars
 import copy
 import dataclasses
 import functools
+import itertools
 import logging
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -185,7 +186,8 @@ def inherit_from_dynamo(gm: fx.GraphModule, source: fx.GraphModule) -> None:
     known = hasattr(source, "_param_name_to_source") and all(hasattr(node, "_dynamo_source") for node in before)
     if gm is source or not known or len(before) != len(after):
         return
-    own = (name for name, _ in (*gm.named_parameters(), *gm.named_buffers()))  # constants that capture made
+    held = (gm.named_parameters(remove_duplicate=False), gm.named_buffers(remove_duplicate=False))
+    own = (name for name, _ in itertools.chain(*held))  # constants that capture made
     sources: Any = source._param_name_to_source
     gm._param_name_to_source = {name: ConstantSource(name) for name in own} | sources
     for old, new in zip(before, after, strict=True):

@@ -326,7 +326,10 @@ def test_random_numbers_of_the_training_run_stay_what_they_are():
     assert torch.equal(torch.randn(2), wanted)
 
 
-@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)
+@pytest.mark.parametrize(
+    "rule",
+    [pytest.param(rule, id=rule.name, marks=() if rule.name == "norm" else pytest.mark.slow) for rule in RULES],
+)
 def test_excerpts_compile_by_inductor_and_give_the_same(rule):
     """Ours and the site's own nodes, forward and backward, as `fxopt.compat.compile_graph` compiles them."""
     name = {"attention": "eager_causal", "linear_cross_entropy": "causal_lm_loss", "norm": "rms_weight_after_cast"}
@@ -452,7 +455,16 @@ def test_layers_are_measured_once(monkeypatch):
     assert report.timings["choose"] > 0
 
 
-@pytest.mark.parametrize("broken", ["", "{}", "[3]", '[{"name": "fxopt", "milliseconds": "soon"}]', '[{"nam": 1}]'])
+@pytest.mark.parametrize(
+    "broken",
+    [
+        pytest.param("", marks=pytest.mark.slow),
+        pytest.param("{}", marks=pytest.mark.slow),
+        pytest.param("[3]", marks=pytest.mark.slow),
+        '[{"name": "fxopt", "milliseconds": "soon"}]',
+        pytest.param('[{"nam": 1}]', marks=pytest.mark.slow),
+    ],
+)
 def test_a_file_that_somebody_broke_is_measured_again(tmp_path, broken):
     of_swish(scripted(**TIMES)[0])
     (path,) = tmp_path.rglob("*.json")

@@ -88,7 +88,7 @@ def check_model(family: str, given: Any = "bf16", context: Any = None, **changes
     return stages
 
 
-ALWAYS = {"llama", "gemma2", "gpt2", "bert", "t5", "gpt_oss"}
+ALWAYS = {"llama", "gemma2", "gpt2", "bert"}
 
 
 @pytest.mark.parametrize(
