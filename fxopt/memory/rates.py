@@ -50,8 +50,12 @@ def _card(name: str, gib: float, fp32: float, fp16: float, bandwidth: float, lin
     return Device(name, memory, *rates, reserve, 0.02, CUDA_GRANULARITY)
 
 
-CPU = Device("cpu", 0, 0.2e12, 0.2e12, 2e10)
-"""A few cores. Only the ratio of the two rates decides anything, and it is 10 flops a byte on most."""
+CPU = Device("cpu", 0, 0.2e12, 0.2e12, 2e10, reserve=64 * 1024)
+"""A few cores. Only the ratio of the two rates decides anything, and it is 10 flops a byte on most.
+
+The reserve is for tensors that no graph shows: buffers that it does not read, numbers that autograd makes. In a model
+of six layers they were 1 KiB at most.
+"""
 
 DEVICES = {
     device.name: device

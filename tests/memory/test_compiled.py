@@ -16,6 +16,7 @@ from fxopt import compat
 from fxopt.errors import BudgetError
 from fxopt.fallback import FxoptWarning
 from fxopt.memory.plan import KEPT, RECOMPUTED, Plan
+from fxopt.memory.rates import CPU
 from fxopt.memory.steps import EARLIER, Step, family_of, note_piece, piece_of, step_of
 from fxopt.passes import memory_plan
 
@@ -76,7 +77,7 @@ def test_a_llama_keeps_to_its_budget_and_its_gradients(tmp_path: Path) -> None:
     model = llama(1)
     step = trained(model, {"memory_budget": "1GiB"})
     wanted, loose = gradients(model), last_plan()
-    assert measured(model, step) == pytest.approx(loose.predicted, abs=BESIDE)
+    assert measured(model, step) == pytest.approx(loose.predicted - CPU.reserve, abs=BESIDE)
     with pytest.raises(BudgetError, match="smallest that would do is") as raised:
         trained(model, {"memory_budget": 2**20})
     budget = (raised.value.minimum + loose.predicted) // 2
@@ -84,8 +85,8 @@ def test_a_llama_keeps_to_its_budget_and_its_gradients(tmp_path: Path) -> None:
     plan = last_plan()
     assert plan.bytes_of(KEPT) < loose.bytes_of(KEPT)
     assert plan.bytes_of(RECOMPUTED) > 0
-    assert 0.95 * budget - BESIDE <= measured(model, step) <= budget
-    assert measured(model, step) == pytest.approx(plan.predicted, abs=BESIDE)
+    assert 0.95 * budget - BESIDE - CPU.reserve <= measured(model, step) <= budget
+    assert measured(model, step) == pytest.approx(plan.predicted - CPU.reserve, abs=BESIDE)
     for one, other in zip(gradients(model), wanted, strict=True):
         assert (one - other).norm() <= 1e-6 * other.norm()
     assert fxopt.Report.from_json(fxopt.reports()[-1].to_json()).plans == [plan]
