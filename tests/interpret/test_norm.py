@@ -209,7 +209,7 @@ def launch_and_let_go(*arguments: Any) -> None:
 
 
 @pytest.mark.parametrize("layout", ["dense", "every second value", "expanded upstream"])
-@pytest.mark.parametrize("width", [32, 96])
+@pytest.mark.parametrize("width", [pytest.param(32, marks=pytest.mark.slow), 96])
 @pytest.mark.parametrize(
     ("kind", "dtype", "parts"), [("rms", BF16, "w"), ("layer", F32, "rwb"), ("layer", BF16, "rwbg")]
 )
@@ -249,7 +249,9 @@ def norms_alone(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]
     return call
 
 
-@pytest.mark.parametrize(("family", "dtype", "norms"), [("llama", F32, 5), ("bert", F32, 6)])
+@pytest.mark.parametrize(
+    ("family", "dtype", "norms"), [("llama", F32, 5), pytest.param("bert", F32, 6, marks=pytest.mark.slow)]
+)
 def test_a_training_step_of_a_model(family: str, dtype: torch.dtype, norms: int) -> None:
     fxopt.clear_reports()
     model, inputs = models.build(family, dtype=dtype)
