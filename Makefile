@@ -52,6 +52,7 @@ bench: $(READY)  ## measure on this machine and rewrite the README's table (abou
 	$(BIN)/python bench/memory.py --part time --json $(RESULTS)/memory_time.json || code=1; \
 	$(BIN)/python bench/explain.py --json $(RESULTS)/explain.json || code=1; \
 	$(BIN)/python bench/memory_model.py --json $(RESULTS)/memory_model.json || code=1; \
+	$(BIN)/python bench/fuzz.py --json $(RESULTS)/fuzz.json || code=1; \
 	$(BIN)/python bench/readme.py && exit $$code
 
 bench-gpu: $(READY)  ## check and time the kernels on this machine's GPU (9 minutes; docs/gpu.md)

@@ -252,7 +252,18 @@ def explain_text() -> str:
     )
 
 
+def fuzz_text() -> str:
+    """Return what stands between the markers of docs/reliability.md."""
+    result = load("fuzz")
+    failures = len(result["failures"]) or "none"
+    return (
+        f"`bench/fuzz.py`, on {machine_line(result['machine'])}: {result['cases']:,} cases in {result['processes']} "
+        f"processes took {result['minutes']:.0f} minutes; wrong results or uncaught exceptions: {failures}."
+    )
+
+
 PAGES = {
+    "docs/reliability.md": fuzz_text,
     "docs/inspection.md": explain_text,
     "README.md": measured_text,
     "docs/precision.md": precision_text,
