@@ -285,8 +285,11 @@ def apart() -> Iterator[None]:
 def hidden_from_hooks() -> contextlib.AbstractContextManager[Any]:
     """Within, what is traced and tried reaches no saved-tensor hook of the user, under which a backend may run.
 
-    A checkpoint counts what its hook sees, and raises where the second forward, compiled by then, shows it less.
+    A checkpoint counts what its hook sees, and raises where the second forward, compiled by then, shows it less. Where
+    torch.func forbids such hooks there are none, and none can be put in their place.
     """
+    if not torch._C._autograd._saved_tensors_hooks_is_enabled():
+        return contextlib.nullcontext()
     return torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
 
 

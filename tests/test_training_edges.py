@@ -84,6 +84,14 @@ def test_a_checkpoint_around_a_compiled_layer_counts_only_what_that_saves() -> N
     torch.testing.assert_close(found, x.grad)
 
 
+def test_a_graph_is_compiled_where_torch_forbids_saved_tensor_hooks() -> None:
+    x = torch.randn(4, 8)
+    compiled = torch.compile(lambda x: torch.nn.functional.layer_norm(x, (8,)).square(), backend="fxopt")
+    with torch.autograd.graph.disable_saved_tensors_hooks("not here"):
+        found = compiled(x)
+    torch.testing.assert_close(found, torch.nn.functional.layer_norm(x, (8,)).square())
+
+
 def test_use_cache_returns_the_cache_too() -> None:
     model, inputs = small(use_cache=True)
     check(model, compiled(model), inputs)
