@@ -288,7 +288,8 @@ def hidden_from_hooks() -> contextlib.AbstractContextManager[Any]:
     A checkpoint counts what its hook sees, and raises where the second forward, compiled by then, shows it less. Where
     torch.func forbids such hooks there are none, and none can be put in their place.
     """
-    if not torch._C._autograd._saved_tensors_hooks_is_enabled():
+    autograd: Any = torch._C._autograd
+    if not autograd._saved_tensors_hooks_is_enabled():
         return contextlib.nullcontext()
     return torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
 
