@@ -44,6 +44,8 @@ def grow(anchor: fx.Node) -> Site | None:
     condition = constant(True)
     for part in found.scores.conditions:
         condition = apply("and", condition, part)
+    if "s" in condition.reads:
+        raise NoSite(f"{found.output.name} is masked by what the scores are, not by where they stand", 4)
     mask = classify(condition, found.reader, queries, keys)
     empty = found.scores.empty
     if mask.never_empty(queries, keys):

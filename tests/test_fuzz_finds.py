@@ -152,3 +152,17 @@ def test_heads_of_values_may_be_repeated_further_on_than_those_of_keys() -> None
     outcome = apply_rule(RULE, graph)
     assert outcome.rewrites
     same_function(graph, outcome.module, graph.meta["inputs"])
+
+
+def test_a_mask_made_of_the_scores_is_refused_where_no_gradient_shows_it() -> None:
+    """Without one, a detached copy of the scores reads as the scores, and a mask may not read them."""
+    q, k, v = (torch.randn(2, 2, 5, 8) for _ in range(3))
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        s = q @ k.mT * 0.35
+        return s.masked_fill(~(s.detach() < 1.0), float("-inf")).softmax(-1) @ v
+
+    with torch.no_grad():
+        outcome = apply_rule(RULE, captured(attend, q, k, v).module)
+    assert outcome.rewrites == []
+    assert any("by what the scores are" in reason for item in outcome.refusals for reason in item.reasons)
