@@ -1,6 +1,6 @@
 """Random modules through the whole backend, judged against fp64: how many were wrong, and how long it took.
 
-    python bench/fuzz.py                 10,000 cases in two processes, about 25 minutes on two cores
+    python bench/fuzz.py                 10,000 cases in two processes, about half an hour on two cores
     python bench/fuzz.py --cases 500     a check of the script
 
 Each process has a corpus of its own, with which a later call goes on. It is begun anew every few minutes: one that has

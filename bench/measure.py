@@ -18,6 +18,8 @@ from typing import Any, Self
 
 from rich.console import Console
 
+from fxopt.metering import processor
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results" / "cpu"
 BUSY = 0.7  # load average; a busy machine gave up to 5 times the step time of a quiet one
@@ -89,14 +91,6 @@ def median_ratio(ours: Sequence[float], base: Sequence[float]) -> float:
     return statistics.median(a / b for a, b in zip(ours, base, strict=True))
 
 
-def cpu_model() -> str:
-    """Return the processor's name as the kernel gives it."""
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
-
-
 def git(*arguments: str) -> str:
     """Return what git prints for this tree, or "" where there is no repository or no git."""
     try:
@@ -110,7 +104,7 @@ def describe_machine() -> dict[str, Any]:
     """Return what a number depends on: processor, memory, versions, load, commit and whether the tree differs."""
     outputs = (":!bench/results", ":!README.md")  # written by the benchmark itself
     return {
-        "cpu": cpu_model(),
+        "cpu": processor(),
         "cores": len(os.sched_getaffinity(0)),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "python": platform.python_version(),

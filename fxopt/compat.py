@@ -108,9 +108,6 @@ class PassesThroughDynamo(ShortenTraceback):
 
 ENTER_AUTOCAST: Any = torch.amp._enter_autocast
 EXIT_AUTOCAST: Any = torch.amp._exit_autocast
-RESUME = "torch_dynamo_resume_in_"
-"""How Dynamo names the rest of a frame that it has cut."""
-
 STATE_SWITCHES: frozenset[Any] = frozenset({_set_grad_enabled, ENTER_AUTOCAST, EXIT_AUTOCAST})
 """Nodes that change ambient state for the nodes after them: grad mode and autocast regions."""
 
@@ -122,6 +119,10 @@ DYNAMO_CONTROL = (RestartAnalysis, SkipFrame, PassesThroughDynamo)
 def ends_in_break(gm: fx.GraphModule) -> bool:
     """Whether Dynamo cut the graph here, so that others of the same model will follow."""
     return bool(getattr(getattr(gm, "compile_subgraph_reason", None), "graph_break", False))
+
+
+RESUME = "torch_dynamo_resume_in_"
+"""How Dynamo names the rest of a frame that it has cut."""
 
 
 class Frame(NamedTuple):
@@ -158,19 +159,13 @@ def _is_inner(name: str) -> bool:
     Above Dynamo's own frames in the stack is who calls it: what `torch.compile` returned, by a module's ``__call__`` or
     not, or another frame, which Dynamo has cut at this call. The rest of a cut frame is called by its beginning.
     """
-    stack = [(frame.f_code.co_filename, frame.f_code.co_name) for frame, _ in traceback.walk_stack(None)]
-    own = convert_frame.__file__
-    while stack and stack[0] != (own, "__call__"):
-        stack.pop(0)
-    while stack and stack[0][0] == own:
-        stack.pop(0)
+    own, past = convert_frame.__file__, itertools.dropwhile
+    stack: Any = ((frame.f_code.co_filename, frame.f_code.co_name) for frame, _ in traceback.walk_stack(None))
+    stack = past(lambda one: one[0] == own, past(lambda one: one != (own, "__call__"), stack))
     if name.startswith(RESUME):
-        while stack and stack[0][1].startswith(RESUME):
-            stack.pop(0)
-        stack = stack[1:]
-    while stack and stack[0][0] == torch.nn.modules.module.__file__:
-        stack.pop(0)
-    return bool(stack) and stack[0][0] != eval_frame.__file__
+        stack = itertools.islice(past(lambda one: one[1].startswith(RESUME), stack), 1, None)
+    caller = next(past(lambda one: one[0] == torch.nn.modules.module.__file__, stack), None)
+    return caller is not None and caller[0] != eval_frame.__file__
 
 
 def inherit_from_dynamo(gm: fx.GraphModule, source: fx.GraphModule) -> None:

@@ -16,7 +16,7 @@ import torch
 
 from fxopt.kernels.cards import card_of
 
-__all__ = ["CudaMeter", "Meter", "Run", "machine_of", "peak_bytes", "release", "seconds", "undisturbed"]
+__all__ = ["CudaMeter", "Meter", "Run", "machine_of", "peak_bytes", "processor", "release", "seconds", "undisturbed"]
 
 Run = Callable[[], object]
 
@@ -124,10 +124,11 @@ def machine_of(device: torch.device) -> str:
     """What times on `device` are kept by: a card's model, "" where there is none; a processor's, and its threads."""
     if device.type == "cuda":
         return card_of(device).model
-    return f"{_processor()} {torch.get_num_threads()} threads"
+    return f"{processor()} {torch.get_num_threads()} threads"
 
 
-def _processor() -> str:
+def processor() -> str:
+    """The processor's name as the kernel gives it, or else as Python does."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

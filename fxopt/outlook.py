@@ -10,14 +10,12 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import fx
 
 from fxopt import compat
 from fxopt.backend import call_once, chooser_for, name_of, run
 from fxopt.fake import value_of
-from fxopt.memory.modelled import modelled_step
 from fxopt.memory.plan import Plan
 from fxopt.memory.program import Program
 from fxopt.memory.rates import Device
@@ -56,9 +54,8 @@ class Modelled(Cut):
     """A cut whose plans are not lowered: their memory is the model's."""
 
     def replayed(self, solution: Solution | None) -> Replay:
-        """The memory of `solution`, None for torch's own choice, as the model has it."""
-        own = Solution(self.stock, np.zeros_like(self.stock), optimal=True)
-        return modelled_step(self.joint, own if solution is None else solution)
+        """The memory of `solution`, None for torch's own choice."""
+        return self.modelled(solution)
 
 
 def outlook(

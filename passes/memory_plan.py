@@ -15,7 +15,6 @@ import uuid
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import numpy as np
 import torch
 from torch import fx
 
@@ -95,10 +94,12 @@ class Planning:
 
     def _partition(self, gm: fx.GraphModule, inputs: Any, how: dict[str, Any]) -> Any:
         known = device_of(self.device)
+        if self.remembered is not None:  # nothing is weighed, so nothing need be timed
+            cut = Cut(gm, inputs, how, self.device, ModelledTimes(known), self.step.calls)
+            if self.remembered.fits(cut.joint):
+                return cut.by(self.remembered.saved)
         times = MeasuredTimes(self.device, known) if self.request.measure else ModelledTimes(known)
         cut = Cut(gm, inputs, how, self.device, times, self.step.calls)
-        if self.remembered is not None and self.remembered.fits(cut.joint):
-            return cut.by(self.remembered.saved)
         self.plan, saved = planned(cut, self.request, self.budget, self.step)
         _remember(self.key, _Remembered(self.made, self.plan, saved))
         return cut.by(saved)
@@ -211,9 +212,12 @@ class Cut:
         except Exception as error:  # sizes and branches that only the data decides
             why = type(error).__name__
             self._told(f"its code cannot be replayed ({why}): peaks are those of the model, and a quarter more")
-            own = Solution(self.stock, np.zeros_like(self.stock), optimal=True) if solution is None else solution
-            found = modelled_step(self.joint, own).times(SAFETY)
+            found = self.modelled(solution).times(SAFETY)
         return found.repeated(self.calls)
+
+    def modelled(self, solution: Solution | None) -> Replay:
+        """The memory of `solution`, None for torch's own choice, as the model has it."""
+        return modelled_step(self.joint, Solution.keeping(self.stock) if solution is None else solution)
 
     def _told(self, note: str) -> None:
         if note not in self.notes:

@@ -107,7 +107,7 @@ def test_gradient_accumulation_with_num_items(as_tensor: bool) -> None:
 @pytest.mark.parametrize(
     ("dynamic", "sizes"),
     [
-        pytest.param(None, [(2, 11), (3, 19), (1, 8)], id="automatic"),
+        pytest.param(None, [(2, 11), (3, 19), (1, 8), (5, 27)], id="automatic"),
         pytest.param(None, [(1, 11), (2, 11), (2, 19), (4, 27), (3, 2)], id="from-one", marks=pytest.mark.slow),
         pytest.param(True, [(2, 11), (3, 19), (1, 8), (5, 27)], id="dynamic", marks=pytest.mark.slow),
         pytest.param(False, [(2, 11), (1, 19)], id="static", marks=pytest.mark.slow),

@@ -11,7 +11,9 @@ from importlib import metadata
 from typing import Any
 
 import torch
-from measure import cpu_model, git
+from measure import git
+
+from fxopt.metering import processor
 
 PACKAGES = ("torch", "triton", "transformers", "liger-kernel", "cut-cross-entropy")
 OUTPUTS = ":!bench/results"
@@ -25,7 +27,7 @@ def describe(commit: str, interpret: bool) -> dict[str, Any]:
     """Card, memory, driver, versions and commit. Raises `NoGpu` without CUDA, unless kernels are interpreted."""
     return {
         **(_interpreter() if interpret else _cuda()),
-        "cpu": cpu_model(),
+        "cpu": processor(),
         "python": platform.python_version(),
         **{package: _version(package) for package in PACKAGES},
         "commit": commit or commit_here(),

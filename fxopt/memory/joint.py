@@ -161,9 +161,8 @@ class _Reader:
     def joint(self, calls: int) -> Joint:
         forward, at = self.forward, self.at
         owners = [self.owner(node) for node in forward]
-        view = np.array(
-            [owner is not node or not _is_tensor(node) for node, owner in zip(forward, owners, strict=True)]
-        )
+        tensor = np.array([_is_tensor(node) for node in forward], dtype=bool)
+        view = ~tensor | np.array([owner is not node for node, owner in zip(forward, owners, strict=True)], dtype=bool)
         whole = np.array([0 if one else bytes_of(value_of(node)) for node, one in zip(forward, view, strict=True)])
         held = np.array([owner in self.held for owner in owners], dtype=bool)
         size = np.where(held, 0, whole).astype(float)
@@ -178,7 +177,7 @@ class _Reader:
         transient, gradients = self._transient()
         forced = np.array([compat.must_recompute(node) for node in forward], dtype=bool)
         banned = np.array([_never_again(node) for node in forward], dtype=bool)
-        by_view = banned & view & np.array([_is_tensor(node) for node in forward], dtype=bool)
+        by_view = banned & view & tensor
         banned[owner[by_view]] = True  # what must be there is the memory, of which a view is made again for nothing
         banned &= ~by_view & ~forced
         moved = whole / self.times.device.bandwidth

@@ -58,7 +58,7 @@ class _Loop:
     def __init__(self, joint: Joint, stock: Array, budget: float, trial: Trial, link: float):
         begin = time.perf_counter()
         self.joint, self.budget, self.trial, self.program = joint, budget, trial, Program(joint, link)
-        self.own = Solution(stock, np.zeros_like(stock), optimal=True)
+        self.own = Solution.keeping(stock)
         self.bias = NO_BIAS
         self.seconds, self.trials = time.perf_counter() - begin, 0
         self.default: Replay | None = None

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import collections
 import gc
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import fx
@@ -18,6 +18,8 @@ from fxopt.memory.cost import bytes_of, hint
 from fxopt.memory.rates import Device
 
 __all__ = ["OPTIMIZERS", "Inputs", "found_optimizer", "inputs_of", "optimizer_bytes", "resident_bytes"]
+
+T = TypeVar("T")
 
 OPTIMIZERS: Mapping[str, str] = {
     "adamw": "two moments in the parameters' dtype",
@@ -58,7 +60,7 @@ def found_optimizer(shapes: Sequence[tuple[int, ...]]) -> float | None:
     """
     wanted = collections.Counter(shapes)
     elements = total = 0.0
-    for optimizer in _optimizers():
+    for optimizer in alive(torch.optim.Optimizer):
         parameters = [one for group in optimizer.param_groups for one in group["params"]]
         ours = [one for one in parameters if wanted[tuple(one.shape)] > 0]
         if not ours:
@@ -68,9 +70,10 @@ def found_optimizer(shapes: Sequence[tuple[int, ...]]) -> float | None:
     return total / elements if elements else None
 
 
-def _optimizers() -> list[torch.optim.Optimizer]:
+def alive(kind: type[T]) -> Iterator[T]:
+    """Every object of the class `kind` in this process."""
     # By type: isinstance asks modules that warn, and weak references to objects that are gone, which raise.
-    return [one for one in gc.get_objects() if issubclass(type(one), torch.optim.Optimizer)]
+    return (one for one in gc.get_objects() if issubclass(type(one), kind))
 
 
 def _state_bytes(optimizer: torch.optim.Optimizer, parameter: torch.Tensor) -> float:

@@ -59,6 +59,11 @@ class Solution:
     offloaded: Array
     optimal: bool
 
+    @classmethod
+    def keeping(cls, kept: Array) -> Solution:
+        """`kept` on the device, and nothing on the host."""
+        return cls(kept, np.zeros_like(kept), optimal=True)
+
     @property
     def saved(self) -> Array:
         """Whether it is not made again: kept or offloaded."""

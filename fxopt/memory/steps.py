@@ -10,13 +10,13 @@ from __future__ import annotations
 import collections
 import contextvars
 import dataclasses
-import gc
 import weakref
 from collections.abc import Iterator, Mapping
 
 from torch import nn
 
 from fxopt.compat import Frame
+from fxopt.memory.resident import alive
 from fxopt.memory.units import show_bytes
 
 __all__ = ["ALONE", "EARLIER", "Family", "Piece", "Step", "family_of", "note_piece", "piece_of", "step_of"]
@@ -67,12 +67,10 @@ def family_of(frame: Frame) -> Family:
 def _parents() -> Mapping[nn.Module, list[nn.Module]]:
     """Of each module in the process those that hold it."""
     found = collections.defaultdict[nn.Module, list[nn.Module]](list)
-    for one in gc.get_objects():
-        # By type, as in `resident`: isinstance asks objects that warn or raise. A module half made has no parts.
-        if issubclass(type(one), nn.Module):
-            for part in one.__dict__.get("_modules", {}).values():
-                if part is not None:
-                    found[part].append(one)
+    for one in alive(nn.Module):
+        for part in one.__dict__.get("_modules", {}).values():  # none where a module is half made
+            if part is not None:
+                found[part].append(one)
     return found
 
 

@@ -42,7 +42,7 @@ def small_pieces() -> Iterator[None]:
         yield
 
 
-@settings(max_examples=16)  # 2 s each
+@settings(max_examples=30)
 @given(drawn=problems(DTYPES), lowering=st.just("interpret"))
 def test_equals_cross_entropy_of_the_logits(drawn: Any, lowering: str) -> None:
     tensors, target, upstream, options = drawn
