@@ -118,11 +118,16 @@ def chooser_for(options: Options, patches: Mapping[str, Any] | None) -> Chooser 
     """
     if options.choose == "never":
         return None
+    tunes = options.choose == "tune"
     if patches is None:
-        return Chooser(None, f"{sorted(dict(options.inductor).items())}")
+        return Chooser(None, f"{sorted(dict(options.inductor).items())}", tunes=tunes)
     alone = {key: value for key, value in patches.items() if key != "triton.cudagraphs"}
     settings = f"{sorted(alone.items())}"
-    return Chooser(lambda graph, inputs: compat.compile_graph(graph, inputs, alone, f"fxopt {VERSION} alone"), settings)
+
+    def compiler(graph: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        return compat.compile_graph(graph, inputs, alone, f"fxopt {VERSION} alone")
+
+    return Chooser(compiler, settings, tunes=tunes)
 
 
 def run(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 __all__ = ["INDUCTOR", "OURS", "Choice", "Measured", "decide"]
 
@@ -18,12 +19,25 @@ MIB = 2**20
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """One candidate's forward and backward: milliseconds and peak bytes over what was held before, or why it failed."""
+    """One candidate's forward and backward: milliseconds and peak bytes over what was held before, or why it failed.
+
+    tuned: a sentence for each of its kernels of which all configurations were measured, before it was.
+    """
 
     name: str
     milliseconds: float | None
     bytes: int | None = None
     failure: str = ""
+    tuned: tuple[str, ...] = ()
+
+    @classmethod
+    def read(cls, item: Mapping[str, Any]) -> Measured:
+        """What `dataclasses.asdict` and JSON made of one. Raises TypeError where its fields are others."""
+        found = cls(**dict(item) | {"tuned": tuple(map(str, item.get("tuned", ())))})
+        for value in (found.milliseconds, found.bytes):
+            if value is not None and not isinstance(value, int | float):
+                raise TypeError(f"{value!r} is no number")
+        return found
 
     def __str__(self) -> str:
         if self.milliseconds is None:
@@ -55,7 +69,10 @@ class Choice:
         return ", ".join(map(str, self.measured))
 
     def __str__(self) -> str:
-        return f"chose {self.winner}: {self.times}" if self.winner else f"not measured: {self.unmeasured}"
+        if not self.winner:
+            return f"not measured: {self.unmeasured}"
+        tuned = [f"tuned {line}" for one in self.measured for line in one.tuned]
+        return "\n".join([f"chose {self.winner}: {self.times}", *tuned])
 
 
 def decide(measured: Sequence[Measured], saves_memory: bool) -> str:

@@ -23,6 +23,9 @@ from fxopt.compat import pytree
 from fxopt.errors import brief
 from fxopt.excerpt import Excerpt, Unmeasurable, ambient, draw, excerpt
 from fxopt.fake import value_of
+from fxopt.kernels.cards import card_of
+from fxopt.kernels.configs import tuning_is_on
+from fxopt.kernels.tuning import tune
 from fxopt.metering import CudaMeter, Meter, Run, release, undisturbed
 from fxopt.remembering import Key, recall, remember
 from fxopt.rule import Place, Rule, Site
@@ -30,6 +33,10 @@ from fxopt.rule import Place, Rule, Site
 __all__ = ["Chooser"]
 
 Compiler = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]
+Tell = Callable[[str], object]
+
+TUNING = "tuning"
+"""What the meter is told that it measures where it is a configuration of a candidate's kernel."""
 
 _LOG = logging.getLogger("fxopt")
 
@@ -40,10 +47,11 @@ class Chooser:
     compiler: as the graph that the sites are in will be compiled; None only recalls what was measured before.
     settings: what that compiler's results depend on besides the graph; part of what measurements are kept by.
     meter:    takes milliseconds and bytes; by default on CUDA, and nothing on a CPU.
+    tunes:    whether every configuration of a candidate's kernels is measured first, and the fastest kept.
     """
 
-    def __init__(self, compiler: Compiler | None, settings: str = "", meter: Meter | None = None):
-        self.compiler, self.settings = compiler, settings
+    def __init__(self, compiler: Compiler | None, settings: str = "", meter: Meter | None = None, tunes: bool = False):
+        self.compiler, self.settings, self.tunes = compiler, settings, tunes
         self.meter = CudaMeter() if meter is None else meter
 
     def choose(self, rule: Rule, site: Site) -> Choice | None:
@@ -66,8 +74,9 @@ class Chooser:
         found = excerpt(site)
         candidates = rule.replacements(site)
         text = "\n".join([f"version {rule.version}", " ".join(candidates), self.settings, found.text()])
-        key = Key(rule.name, text, card)
-        measured = recall(key)
+        # What tuning found is in force wherever it is on, and so are the times that were taken after it.
+        tuned, untuned = Key(rule.name, f"tuned\n{text}", card), Key(rule.name, text, card)
+        measured = (recall(tuned) if tuning_is_on() else ()) or (() if self.tunes else recall(untuned))
         if measured:
             return measured
         if self.compiler is None:
@@ -75,27 +84,40 @@ class Chooser:
         with compat.apart(), undisturbed(value_of(site.anchor).device):
             inputs = draw(found, rule)
             names = [*candidates, INDUCTOR]
-            with _telling(f"fxopt: measuring {rule.name} at {Place.of(site.anchor)} by {', '.join(names)}"):
-                measured = tuple(self._measure(name, site, candidates.get(name), inputs) for name in names)
-        remember(key, measured)
+            with _telling(f"fxopt: measuring {rule.name} at {Place.of(site.anchor)} by {', '.join(names)}") as tell:
+                measured = tuple(self._measure(name, site, candidates.get(name), inputs, tell) for name in names)
+        remember(tuned if self.tunes else untuned, measured)
         return measured
 
     def _measure(
-        self, name: str, site: Site, replacement: Callable[..., Any] | None, inputs: Sequence[Tensor]
+        self, name: str, site: Site, replacement: Callable[..., Any] | None, inputs: Sequence[Tensor], tell: Tell
     ) -> Measured:
         """One candidate, by itself: what it holds is let go of before the next."""
         try:
             found = excerpt(site)
             with ambient(found.site.anchor):
                 graph = found.module if replacement is None else found.rewritten(replacement)
+                tuned = () if replacement is None else self._tune(graph, found, inputs, tell)
                 assert self.compiler is not None
                 run = _step(self.compiler(graph, inputs), found, inputs)
                 milliseconds, held = self.meter(name, run)
-            return Measured(name, milliseconds, held)
+            return Measured(name, milliseconds, held, tuned=tuned)
         except Exception as error:
             return Measured(name, None, failure=brief(error))
         finally:
             release()
+
+    def _tune(self, graph: fx.GraphModule, found: Excerpt, inputs: Sequence[Tensor], tell: Tell) -> tuple[str, ...]:
+        """Measure the kernels that `graph` launches, run as it is: within a compiled one their configurations are
+        chosen already. What cannot be tuned is measured all the same, by its defaults."""
+        if not self.tunes:
+            return ()
+        try:
+            run = _step(graph, found, inputs)
+            card = card_of(value_of(found.site.anchor).device)
+            return tuple(map(str, tune(run, card, lambda once: self.meter(TUNING, once)[0], tell=tell)))
+        except Exception as error:
+            return (f"nothing: {brief(error)}",)
 
 
 def _step(call: Callable[..., Any], found: Excerpt, inputs: Sequence[Tensor]) -> Run:
@@ -116,11 +138,12 @@ def _step(call: Callable[..., Any], found: Excerpt, inputs: Sequence[Tensor]) ->
 
 
 @contextlib.contextmanager
-def _telling(line: str) -> Iterator[None]:
-    """Show `line` while the work goes on, on a terminal; a log elsewhere gets it at level INFO."""
+def _telling(line: str) -> Iterator[Tell]:
+    """Show `line` while the work goes on, on a terminal, and after it what is told; a log elsewhere gets both at level
+    INFO."""
     _LOG.info(line)
     if not sys.stderr.isatty():
-        yield
+        yield _LOG.info
         return
-    with Console(stderr=True).status(line):
-        yield
+    with Console(stderr=True).status(line) as status:
+        yield lambda more: status.update(f"{line}: {more}")

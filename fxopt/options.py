@@ -27,7 +27,7 @@ from fxopt.precision.policy import Policy
 from fxopt.rule import Rule
 
 Logits = Literal["deferred", "eager"]
-Choosing = Literal["measure", "never"]
+Choosing = Literal["measure", "tune", "never"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,9 +53,10 @@ class Options:
               "residual": "fp32", "keep_fp32": ["lm_head", "*.router"], "ops": {"aten.silu": "fp32"}}
               (`fxopt.precision.policy`, docs/precision.md).
     choose:   "measure" times, at each site on CUDA and once for each kind of site on a machine, fxopt's kernel, torch's
-              own and Inductor's code, and takes the best; "never" takes fxopt's wherever nothing is objected. Nothing
-              is measured on other devices, nor for rules in `force`. A memory plan times products on any device, or
-              models them.
+              own and Inductor's code, and takes the best; "tune" measures every configuration of fxopt's kernels
+              before that, which takes minutes the first time; "never" takes fxopt's wherever nothing is objected.
+              Nothing is measured on other devices, nor for rules in `force`. A memory plan times products on any
+              device, or with "never" models them.
     memory_budget: what a step may take of the device, parameters and optimizer included: bytes, "12GiB", "80%" of the
               card, or "auto", what is free now. A step that cannot be held to it is a `BudgetError` before the first.
               None plans nothing: torch decides what is kept for the backward (docs/memory.md).
@@ -113,7 +114,7 @@ class Options:
         """What is asked of the memory plan; None: nothing."""
         if self.memory_budget is None:
             return None
-        measure = self.choose == "measure"
+        measure = self.choose != "never"
         return Request(self.memory_budget, self.optimizer, self.accumulation, self.offload, self.infeasible, measure)
 
     def cache_key(self) -> str:

@@ -65,14 +65,6 @@ def forget() -> None:
 
 def _read(path: Path) -> tuple[Measured, ...]:
     try:
-        return tuple(_checked(Measured(**item)) for item in json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError):  # none, or a file that somebody broke
+        return tuple(map(Measured.read, json.loads(path.read_text())))
+    except (OSError, ValueError, TypeError, AttributeError):  # none, or a file that somebody broke
         return ()
-
-
-def _checked(found: Measured) -> Measured:
-    """`found`. Raises TypeError where a number is none."""
-    for value in (found.milliseconds, found.bytes):
-        if value is not None and not isinstance(value, int | float):
-            raise TypeError(f"{value!r} is no number")
-    return found

@@ -307,7 +307,7 @@ def _decided(data: dict[str, Any]) -> dict[str, Any]:
     """What rewrites and refusals share, as objects."""
     choice = data.get("choice")
     if choice is not None:
-        choice = Choice(**choice | {"measured": tuple(Measured(**item) for item in choice["measured"])})
+        choice = Choice(**choice | {"measured": tuple(map(Measured.read, choice["measured"]))})
     return {"place": Place(**data["place"]), "choice": choice}
 
 

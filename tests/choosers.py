@@ -41,10 +41,12 @@ def as_it_is(graph: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]
     return graph
 
 
-def scripted(compiler: Any = as_it_is, **script: tuple[float, float]) -> tuple[Chooser, ScriptedMeter]:
+def scripted(
+    compiler: Any = as_it_is, tunes: bool = False, **script: tuple[float, float]
+) -> tuple[Chooser, ScriptedMeter]:
     """A chooser whose candidates take what `script` says, and its meter."""
     meter = ScriptedMeter(script)
-    return Chooser(compiler, meter=meter), meter
+    return Chooser(compiler, meter=meter, tunes=tunes), meter
 
 
 class Always:

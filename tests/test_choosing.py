@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from models import build
 
 import fxopt
-from fxopt import Pattern, backend, compat, metering, remembering
+from fxopt import Pattern, backend, choosing, compat, metering, remembering
 from fxopt.capture import trace
 from fxopt.choice import INDUCTOR, OURS, Choice, Measured, decide
 from fxopt.choosing import Chooser
@@ -516,6 +516,68 @@ def test_explain_recalls_and_measures_nothing(monkeypatch):
     graph = captured(lambda x: swish(x, 9.0), torch.randn(3)).module
     (done,) = apply_rule(SWISH, graph, chooser=chooser).rewrites
     assert done.choice.unmeasured.startswith("nothing is remembered of such a site")
+
+
+# --- tuning first (with kernels: tests/interpret/test_tuning.py) -------------------------------------------------
+
+
+@pytest.fixture
+def tuned(monkeypatch):
+    """What is tuned: names of calls, and the sentence that each gives."""
+    calls = []
+
+    def tune(run, card, timer, tell):
+        run()
+        tell("silu_forward, configuration 1 of 2")
+        calls.append(card)
+        return (f"silu_forward the {len(calls)}th time",)
+
+    monkeypatch.setattr(choosing, "tune", tune)
+    return calls
+
+
+def test_each_replacement_is_tuned_before_it_is_measured_and_the_report_says_how(tuned, caplog):
+    chooser, meter = scripted(tunes=True, **TIMES)
+    with caplog.at_level("INFO", "fxopt"):
+        done = of_swish(chooser)[1].rewrites
+    assert len(tuned) == 2, "not the site as Inductor compiles it"
+    assert meter.ran == [OURS, "twice", INDUCTOR]
+    assert str(done[0].choice).splitlines()[1:] == [
+        "tuned silu_forward the 1th time",
+        "tuned silu_forward the 2th time",
+    ]
+    assert "silu_forward, configuration 1 of 2" in caplog.messages
+    report = Report([GraphReport("graph 0", rewrites=done)])
+    assert Report.from_json(report.to_json()).rewrites == done
+
+
+def test_times_after_tuning_count_for_those_who_do_not_tune_and_not_the_other_way_round(tuned, monkeypatch):
+    plain, meter = scripted(**TIMES)
+    of_swish(plain)
+    tuning, other = scripted(tunes=True, **TIMES | {OURS: (0.5, 1)})
+    of_swish(tuning)
+    of_swish(tuning)
+    assert (len(meter.ran), len(other.ran), len(tuned)) == (3, 3, 2)
+    remembering.forget()
+    assert of_swish(plain)[1].rewrites[0].choice.measured[0].milliseconds == 0.5
+    monkeypatch.setenv("FXOPT_TUNE", "0")  # defaults are launched again
+    assert of_swish(plain)[1].rewrites[0].choice.measured[0].milliseconds == 1.0
+    assert len(meter.ran) == 3
+
+
+def test_what_cannot_be_tuned_is_measured_as_it_is(monkeypatch):
+    def tune(run, card, timer, tell):
+        raise RuntimeError("no room")
+
+    monkeypatch.setattr(choosing, "tune", tune)
+    (done,) = of_swish(scripted(tunes=True, **TIMES)[0])[1].rewrites
+    assert done.choice.measured[0] == Measured(OURS, 1.0, MIB, tuned=("nothing: RuntimeError: no room",))
+
+
+def test_the_option_reaches_the_chooser():
+    for choose, tunes in (("measure", False), ("tune", True)):
+        assert backend.chooser_for(fxopt.Options.parse({"choose": choose}), {}).tunes is tunes
+    assert backend.chooser_for(fxopt.Options.parse({"choose": "never"}), {}) is None
 
 
 # --- reports, options --------------------------------------------------------------------------------------------

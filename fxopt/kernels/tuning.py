@@ -32,14 +32,27 @@ class Tuned:
     times: tuple[tuple[Config, float | None], ...]
     best: Config
 
+    def __str__(self) -> str:
+        """Which of how many is kept, and the milliseconds of the run with the default and with it."""
+        known = dict(self.times)
+        default = self.times[0][0]
+        of = f"{self.kernel.name}, of {len(self.times)} configurations {self.best}"
+        if self.best == default:
+            return f"{of}: the default"
+        was = "it fails" if known[default] is None else f"{known[default]:,.3g} ms"
+        return f"{of}: {known[self.best]:,.3g} ms, the default {was}"
 
-def tune(run: Run, card: Card, timer: Timer | None = None, again: bool = False) -> tuple[Tuned, ...]:
+
+def tune(
+    run: Run, card: Card, timer: Timer | None = None, again: bool = False, tell: Callable[[str], object] = str
+) -> tuple[Tuned, ...]:
     """Find the fastest candidate of each kernel that `run` launches, and remember it for `card`.
 
     run: launches kernels, each with `config_for`, and may call ``backward``; not a compiled function, whose
     configurations are chosen. It is called once to see which kernels there are, then timed with one candidate of one
     kernel in place of what is remembered. timer: milliseconds of a callable, by default the median of `do_bench`.
-    again: also measure kernels of which something is remembered.
+    again: also measure kernels of which something is remembered. tell: gets a line before each candidate is compiled
+    and timed, for seconds.
 
     Nothing is done with ``FXOPT_TUNE=0``, or where there is no card. Raises what `run` raises with the defaults; a
     candidate alone may fail. Other threads may train meanwhile: they are launched as before, and disturb the times.
@@ -53,8 +66,11 @@ def tune(run: Run, card: Card, timer: Timer | None = None, again: bool = False) 
     for kernel, candidates in seen.launched.items():
         known = remembered(kernel, card) in candidates
         if len(candidates) > 1 and (again or not known):
-            times = tuple((one, _time(run, Trial(card, {kernel: one}), measure)) for one in candidates)
-            found.append(Tuned(kernel, times, _best(times)))
+            times = []
+            for count, one in enumerate(candidates, 1):
+                tell(f"{kernel.name}, configuration {count} of {len(candidates)}")
+                times.append((one, _time(run, Trial(card, {kernel: one}), measure)))
+            found.append(Tuned(kernel, tuple(times), _best(times)))
             remember(kernel, card, found[-1].best)
     return tuple(found)
 
