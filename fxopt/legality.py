@@ -15,8 +15,9 @@ from fxopt.rule import Place, Site
 
 def place_of(site: Site, order: dict[fx.Node, int]) -> fx.Node:
     """The output of `site` that the replacement stands before: the anchor, or the first if that is read before."""
-    first = min(site.outputs, key=order.__getitem__)
-    late = all(order[user] > order[site.anchor] for node in site.outputs for user in node.users)
+    first, inside = min(site.outputs, key=order.__getitem__), set(site.nodes)
+    readers = [user for node in site.outputs for user in node.users if user not in inside]
+    late = all(order[user] > order[site.anchor] for user in readers)
     return site.anchor if late else first
 
 

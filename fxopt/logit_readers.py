@@ -1,11 +1,14 @@
-"""Who reads the logits besides the loss: the graph's outputs, which can be deferred, and argmaxes over the classes."""
+"""Who reads the logits besides the loss: the graph's outputs, which can be deferred, and values of each row.
+
+The latter are the argmax and the logsumexp over the classes, which one pass gives together with the loss.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import operator
 from collections.abc import Collection, Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import fx
@@ -28,19 +31,20 @@ from fxopt.rule import NoSite
 aten = torch.ops.aten
 
 _DETACH = frozenset({aten.detach.default})
-"""Between logits and an argmax, which has no gradient, it does nothing."""
+"""Between logits and a value of each row it changes nothing but that the value has no gradient."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Argmax:
-    """``logits.argmax(axis)``, or the indices of ``logits.max(axis)``.
+class Reader:
+    """A value of each row of logits besides the loss.
 
-    taken:  the node of the argmax or of the max.
-    output: the node of the indices.
+    taken:  the node that reads the logits, and reduces the axis of the classes.
+    output: the node of the value.
     """
 
     taken: fx.Node
     output: fx.Node
+    name: ClassVar[str] = ""
 
     @property
     def nodes(self) -> tuple[fx.Node, ...]:
@@ -54,11 +58,8 @@ class Argmax:
 
     @property
     def axis(self) -> int:
-        """The axis it is taken along, counted from the front. Raises `NoSite` where it is taken of all elements."""
-        dim = bound_arguments(self.taken)["dim"]
-        if dim is None:
-            raise NoSite(f"{self.taken.name} is the argmax of all logits together, not of each row's")
-        return int(dim) % int(value_of(self.taken.args[0]).dim())
+        """The axis that is reduced, counted from the front. Raises `NoSite` where it is not one."""
+        raise NotImplementedError
 
     def logits(self) -> Projection:
         """How what it is taken of comes from the linear layer. Raises `NoSite`."""
@@ -66,14 +67,47 @@ class Argmax:
         assert isinstance(source, fx.Node)
         return projection_of(source, _DETACH)
 
+    @property
+    def detached(self) -> bool:
+        """Whether no gradient goes from it to the logits."""
+        return any(step.target in _DETACH for step in self.logits().steps)
+
     def moves(self) -> tuple[Move, ...]:
-        """From the linear layer's rows to those it gives the argmax of. Raises `NoSite`."""
+        """From the linear layer's rows to those it gives the value of. Raises `NoSite`."""
         path = self.logits()
         moves, rank = moves_of(path.steps), value_of(path.linear).dim()
         check_moves(moves, rank, self.axis, self.taken.name)
         if not keeps_shape(moves, value_of(self.taken.args[0])):
             raise NoSite(f"{self.taken.name} reads logits in a shape whose sizes are known only at run time")
         return moves
+
+
+class LogSumExp(Reader):
+    """``logits.logsumexp(axis)``, of which a z-loss is made."""
+
+    name = "logsumexp"
+
+    @property
+    def axis(self) -> int:
+        """As `Reader.axis`."""
+        dims = bound_arguments(self.taken)["dim"]
+        if len(dims) != 1:
+            raise NoSite(f"{self.taken.name} sums over {len(dims)} axes, not over each row's classes")
+        return int(dims[0]) % int(value_of(self.taken.args[0]).dim())
+
+
+class Argmax(Reader):
+    """``logits.argmax(axis)``, or the indices of ``logits.max(axis)``."""
+
+    name = "argmax"
+
+    @property
+    def axis(self) -> int:
+        """As `Reader.axis`."""
+        dim = bound_arguments(self.taken)["dim"]
+        if dim is None:
+            raise NoSite(f"{self.taken.name} is the argmax of all logits together, not of each row's")
+        return int(dim) % int(value_of(self.taken.args[0]).dim())
 
     def check_values(self) -> None:
         """Check that what it is taken of is the linear layer's result, rounded no more than once. Raises `NoSite`.
@@ -95,28 +129,28 @@ class Argmax:
             dtype = result
 
 
-def readers_of(found: Projection, inside: Collection[fx.Node]) -> tuple[list[fx.Node], list[Argmax]]:
-    """Branches from `found` that end in graph outputs and argmaxes alone: all their nodes, and the argmaxes.
+def readers_of(found: Projection, inside: Collection[fx.Node]) -> tuple[list[fx.Node], list[Reader]]:
+    """Branches from `found` that end in graph outputs and values of rows alone: all their nodes, and the values.
 
     inside: nodes of the loss, which are no branch.
     """
     nodes: dict[fx.Node, None] = {}
-    argmaxes: dict[Argmax, None] = {}
+    readers: dict[Reader, None] = {}
     for node in found.nodes:
         for user in node.users:
             if user not in inside and user not in found.nodes and user.op != "output":
                 branch, ends = _branch(node, user)
                 nodes |= dict.fromkeys(branch)
-                argmaxes |= dict.fromkeys(ends)
-    return list(nodes), list(argmaxes)
+                readers |= dict.fromkeys(ends)
+    return list(nodes), list(readers)
 
 
-def _branch(logits: fx.Node, node: fx.Node) -> tuple[list[fx.Node], list[Argmax]]:
-    """`node`, which reads `logits`, and what follows from it, if all of it ends in outputs and argmaxes; else nothing.
+def _branch(logits: fx.Node, node: fx.Node) -> tuple[list[fx.Node], list[Reader]]:
+    """`node`, which reads `logits`, and what follows from it, if all of it ends in outputs and `Reader`s; else nothing.
 
     A detached output is not a branch: to defer it would be to differentiate it.
     """
-    found, ends = list[fx.Node](), list[Argmax]()
+    found, ends = list[fx.Node](), list[Reader]()
     waiting = [(logits, node, False)]
     while waiting:
         source, step, detached = waiting.pop()
@@ -124,7 +158,7 @@ def _branch(logits: fx.Node, node: fx.Node) -> tuple[list[fx.Node], list[Argmax]
             if detached:
                 return [], []
             continue
-        end = _argmax(step)
+        end = _reader(step)
         if end is not None:
             ends.append(end)
             found += end.nodes
@@ -136,10 +170,12 @@ def _branch(logits: fx.Node, node: fx.Node) -> tuple[list[fx.Node], list[Argmax]
     return found, ends
 
 
-def _argmax(node: fx.Node) -> Argmax | None:
-    """The argmax that `node` takes, if it takes one and nothing else."""
+def _reader(node: fx.Node) -> Reader | None:
+    """The value that `node` takes of each row, if it takes one and nothing else."""
     if node.target is aten.argmax.default:
         return Argmax(node, node)
+    if node.target is aten.logsumexp.default:
+        return LogSumExp(node, node)
     if node.target is not aten.max.dim:
         return None
     items = [user for user in node.users if user.target is operator.getitem and arguments(user)[1] == 1]

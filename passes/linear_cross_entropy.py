@@ -5,7 +5,8 @@ training step (V / H times the hidden states, in fp32 and several copies), and t
 
 Where they are read for token accuracy, that argmax comes from the same pass, if it is one of the same logits but for
 the order of the sums over H. It is the first of equal logits, and every rounding to 16 bits makes more of them equal:
-the operator rounds as the linear layer does, and where the graph rounds again the site is refused.
+the operator rounds as the linear layer does, and where the graph rounds again the site is refused. So does logsumexp of
+the logits, of which a z-loss is made (PaLM, Chowdhery et al. 2022, section 5), however it is weighed and reduced.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from fxopt.fake import arguments, bound_arguments, value_of
-from fxopt.logit_readers import Argmax, common_moves, is_deferrable, readers_of
+from fxopt.logit_readers import Argmax, LogSumExp, Reader, common_moves, is_deferrable, readers_of
 from fxopt.ops.launch import kernels_on, runs_triton
-from fxopt.ops.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_and_argmax
+from fxopt.ops.linear_cross_entropy import linear_cross_entropy_with
 from fxopt.projection import MOVES, Move, check_moves, moved_rows, moves_of, projection_of
 from fxopt.rule import Cost, Draw, NoSite, Region, Site
 
@@ -34,16 +35,26 @@ _NO_INDEX_IGNORED = -(2**63)
 
 
 @dataclasses.dataclass(frozen=True)
-class Best:
-    """An argmax that somebody reads: of which rows, and the axis of the classes, which stays, or None."""
+class Read:
+    """A value of each row that somebody reads besides the loss: the argmax, or logsumexp.
+
+    moves: which rows it is of; axis: that of the classes, which stays, or None; detached: whether it has no gradient.
+    """
 
     moves: tuple[Move, ...]
     axis: int | None
+    dtype: torch.dtype
+    detached: bool
 
-    def of(self, best: Tensor, moves: tuple[Move, ...]) -> Tensor:
-        """It, in memory of its own, from the `best` [...] of rows that `moves` lead on from."""
-        found = moved_rows(best.unsqueeze(-1), moves).squeeze(-1)
-        return (found if self.axis is None else found.unsqueeze(self.axis)).clone(memory_format=torch.contiguous_format)
+    @property
+    def is_lse(self) -> bool:
+        return self.dtype.is_floating_point
+
+    def of(self, values: Tensor, moves: tuple[Move, ...]) -> Tensor:
+        """It, in memory of its own, from the `values` [...] of rows that `moves` lead on from."""
+        found = moved_rows((values.detach() if self.detached else values).unsqueeze(-1), moves).squeeze(-1)
+        found = found if self.axis is None else found.unsqueeze(self.axis)
+        return found.to(self.dtype).clone(memory_format=torch.contiguous_format)
 
 
 def grow(anchor: fx.Node) -> Site | None:
@@ -59,8 +70,9 @@ def grow(anchor: fx.Node) -> Site | None:
     moves = (*found.moves(), *moves_of(loss.pop("later", ())))
     check_moves(moves, value_of(found.linear).dim(), classes_at)
     scale, softcap = _scale_and_softcap(found.pointwise)
-    branches, argmaxes = readers_of(found, set(loss["nodes"]))
-    argmaxes.sort(key=lambda one: one.output.name)
+    branches, readers = readers_of(found, set(loss["nodes"]))
+    readers += [LogSumExp(node, node) for node in loss.pop("shared", ())]
+    readers.sort(key=lambda one: one.output.name)
     nodes = sorted({*found.nodes, *branches, *loss.pop("nodes")}, key=_position(anchor.graph))
     output = loss.pop("output")
     compute_dtype = value_of(found.linear).dtype
@@ -74,17 +86,16 @@ def grow(anchor: fx.Node) -> Site | None:
         "compute_dtype": compute_dtype,
         "loss_dtype": value_of(output).dtype,
         "loss_rank": value_of(output).dim(),
-        "argmaxes": tuple(_best(one, scale, softcap) for one in argmaxes),
+        "readers": tuple(_read(one, scale, softcap) for one in readers),
     }
     if found.bias is not None:
         inputs["bias"] = found.bias
     rows, vocabulary = _text(value_of(found.hidden).shape[:-1]), found.vocabulary
     detail = f"{rows} rows x {vocabulary} classes, {str(compute_dtype).removeprefix('torch.')}"
-    outputs = (output, *(one.output for one in argmaxes))
+    outputs = (output, *(one.output for one in readers))
     deferrable = [node for node in nodes if node not in outputs and is_deferrable(node)]
-    return Site(
-        RULE.name, outputs, tuple(nodes), inputs, tuple(deferrable), detail + (", argmax too" if argmaxes else "")
-    )
+    detail += "".join(f", {name} too" for name in sorted({one.name for one in readers}))
+    return Site(RULE.name, outputs, tuple(nodes), inputs, tuple(deferrable), detail)
 
 
 def replacement(
@@ -104,16 +115,16 @@ def replacement(
     label_smoothing: float,
     reduction: str,
     negate: bool = False,
-    argmaxes: tuple[Best, ...] = (),
+    readers: tuple[Read, ...] = (),
     lowering: str = "auto",
 ) -> tuple[Tensor, ...]:
-    """The loss of the moved rows of `hidden`, and argmaxes; casts that autocast would have made are made here.
+    """The loss of the moved rows of `hidden`, and what `readers` read; casts that autocast would make are made here.
 
     The operator goes over the rows that all of them come from, of which the loss ignores those it does not read.
 
     lowering: how the op is computed (`fxopt.ops.launch`).
     """
-    shared = common_moves((moves, *(one.moves for one in argmaxes)))
+    shared = common_moves((moves, *(one.moves for one in readers)))
     rows = moved_rows(hidden, shared)
     read = _rows_read(rows, moves[len(shared) :])
     targets = target.reshape(-1)
@@ -133,13 +144,14 @@ def replacement(
         "reduction": reduction,
         "lowering": lowering,
     }
-    found: list[Tensor] = []
-    if argmaxes:
-        loss, best = linear_cross_entropy_and_argmax(*operands, **constants)
-        found = [one.of(best.reshape(rows.shape[:-1]), one.moves[len(shared) :]) for one in argmaxes]
-    else:
-        loss = linear_cross_entropy(*operands, **constants)
-    loss = loss.to(loss_dtype)
+    lse, argmax = (any(one.is_lse is kind for one in readers) for kind in (True, False))
+    made = linear_cross_entropy_with(*operands, argmax=argmax, lse=lse, **constants)
+    found = []
+    for one in readers:
+        values = made.lse if one.is_lse else made.argmax
+        assert values is not None
+        found.append(one.of(values.reshape(rows.shape[:-1]), one.moves[len(shared) :]))
+    loss = made.loss.to(loss_dtype)
     if reduction == "none":
         loss = loss if read is None else loss.index_select(0, read)
         loss = loss.reshape(target.shape if target.dim() == loss_rank else target.shape[:-1])
@@ -218,16 +230,17 @@ def _factor(step: fx.Node) -> float:
     return 1.0 / constant if step.target in (aten.div.Tensor, aten.div.Scalar) else constant
 
 
-def _best(argmax: Argmax, scale: float, softcap: float | None) -> Best:
-    """What the replacement is to know of `argmax`. Raises `NoSite` where it is not that of the loss's logits."""
-    moves = argmax.moves()
-    theirs = _scale_and_softcap(argmax.logits().pointwise)
+def _read(reader: Reader, scale: float, softcap: float | None) -> Read:
+    """What the replacement is to know of `reader`. Raises `NoSite` where it is not one of the loss's logits."""
+    moves = reader.moves()
+    theirs = _scale_and_softcap(reader.logits().pointwise)
     if theirs != (scale, softcap):
         raise NoSite(
-            f"{argmax.taken.name} reads logits with scale and cap {theirs}, the loss some with {(scale, softcap)}"
+            f"{reader.taken.name} reads logits with scale and cap {theirs}, the loss some with {(scale, softcap)}"
         )
-    argmax.check_values()
-    return Best(moves, argmax.axis if argmax.keepdim else None)
+    if isinstance(reader, Argmax):
+        reader.check_values()
+    return Read(moves, reader.axis if reader.keepdim else None, value_of(reader.output).dtype, reader.detached)
 
 
 def _position(graph: fx.Graph) -> Callable[[fx.Node], int]:
@@ -268,13 +281,16 @@ def _of_logsumexp(node: fx.Node) -> dict[str, Any] | None:
         raise NoSite(f"{node.name} sums over axes {axes}, not over the last", 1)
     chain = _through_squeezes(node)
     users = list(chain[-1].users)
-    if len(users) != 1 or users[0].target is not aten.sub.Tensor or users[0].kwargs:
+    differences = [user for user in users if user.target is aten.sub.Tensor and not user.kwargs]
+    if len(differences) != 1 or (len(users) > 1 and len(chain) > 1):
         raise NoSite(f"{chain[-1].name} is not read by one subtraction alone", len(chain))
-    negate = users[0].args[1] is chain[-1]
-    picked = _gathered(users[0].args[0 if negate else 1])
+    difference = differences[0]
+    negate = difference.args[1] is chain[-1]
+    picked = _gathered(difference.args[0 if negate else 1])
     if picked["logits"] is not logits:
-        raise NoSite(f"{users[0].name} subtracts a value of another tensor", len(chain) + 1)
-    return _row_loss(logits, picked, (*chain, users[0]), negate)
+        raise NoSite(f"{difference.name} subtracts a value of another tensor", len(chain) + 1)
+    found = _row_loss(logits, picked, (*chain, difference), negate)
+    return found | {"shared": (node,)} if len(users) > 1 else found  # a z-loss reads it too
 
 
 def _of_gather(node: fx.Node) -> dict[str, Any] | None:
@@ -461,8 +477,25 @@ def inputs(draw: Draw) -> dict[str, Any]:
     }
 
 
+def loss_with_z_loss(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    """OLMo: the square of the logits' normaliser, over the tokens that count, keeps them from drifting."""
+    logits = F.linear(hidden, weight).float().flatten(0, 1)
+    labels = target.flatten()
+    counts = labels != -100
+    return F.cross_entropy(logits, labels) + 1e-2 * (logits.logsumexp(-1).pow(2) * counts).sum() / counts.sum()
+
+
+def hand_written_z_loss(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    """T5X and PaLM: loss and z-loss from one logsumexp."""
+    logits = F.linear(hidden, weight).float()
+    log_z = torch.logsumexp(logits, dim=-1)
+    losses = log_z - logits.gather(-1, target.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    return (losses + 1e-2 * log_z.square()).mean()
+
+
 RULE = Region(
     name="linear_cross_entropy",
+    version=2,
     anchors=frozenset(_LOSSES),
     grow=grow,
     replacement=replacement,
@@ -472,7 +505,7 @@ RULE = Region(
     integers=integers,
     spellings=(
         causal_lm_loss, shifted_loss, softcapped_loss, nll_loss, hand_written_loss, chosen_log_probabilities,
-        loss_and_accuracy,
+        loss_and_accuracy, loss_with_z_loss, hand_written_z_loss,
     ),
     inputs=inputs,
 )  # fmt: skip

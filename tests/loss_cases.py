@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fxopt.ops.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_and_argmax
+from fxopt.ops.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_with
 from fxopt.testing.compare import Step, compare
 from fxopt.testing.layouts import LAYOUTS
 
@@ -29,10 +29,7 @@ def eager(
 
     recompute, lowering: the operator's business alone.
     """
-    logits = F.linear(hidden, weight, bias) * scale
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).reshape(-1, weight.shape[0])
+    logits = logits_of(hidden, weight, bias, scale, softcap)
     loss = F.cross_entropy(logits, target.reshape(-1), **options)
     if z_loss:
         counts = target.reshape(-1) != options.get("ignore_index", -100)
@@ -40,6 +37,14 @@ def eager(
         totals = {"sum": squares.sum(), "none": squares}
         loss = loss + totals.get(options.get("reduction", "mean"), squares.sum() / counts.sum())
     return loss.reshape(target.shape) if options.get("reduction") == "none" else loss
+
+
+def logits_of(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None) -> Tensor:
+    """[N, V] as they are exponentiated, in fp32 or wider."""
+    logits = F.linear(hidden, weight, bias) * scale
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)).reshape(-1, weight.shape[0])
 
 
 def problem(rows: int = 70, width: int = 24, classes: int = 57, dtype: torch.dtype = torch.float32, seed: int = 0):
@@ -60,11 +65,11 @@ def whole_numbers(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, T
 
 
 def constants(
-    reduction: str, *needs: bool, softcap: float = 0.0, argmax: bool = False, recompute: bool = False,
-    lowering: str = "auto",
+    reduction: str, *needs: bool, softcap: float = 0.0, argmax: bool = False, lse: bool = False,
+    recompute: bool = False, lowering: str = "auto",
 ) -> tuple[Any, ...]:  # fmt: skip
     """What the operators take after their tensors."""
-    return (1.0, softcap, 0.0, 0.0, -100, reduction, argmax, *needs, recompute, lowering)
+    return (1.0, softcap, 0.0, 0.0, -100, reduction, argmax, lse, *needs, recompute, lowering)
 
 
 def run(
@@ -82,35 +87,60 @@ def run(
 
 def with_argmax(*arguments: Any, **options: Any) -> Tensor:
     """The operator's loss where it is asked for the argmax too."""
-    return linear_cross_entropy_and_argmax(*arguments, **options)[0]
+    return linear_cross_entropy_with(*arguments, argmax=True, **options).loss
+
+
+def with_lse(*arguments: Any, **options: Any) -> Tensor:
+    """The operator's loss, and a share of every row's lse."""
+    found = linear_cross_entropy_with(*arguments, lse=True, **options)
+    assert found.lse is not None
+    return mixed(found.loss, found.lse)
+
+
+def eager_with_lse(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *, scale: float = 1.0,
+    softcap: float | None = None, **options: Any,
+) -> Tensor:  # fmt: skip
+    """The same with logits."""
+    loss = eager(hidden, weight, bias, target, scale=scale, softcap=softcap, **options)
+    return mixed(loss, logits_of(hidden, weight, bias, scale, softcap).logsumexp(-1))
+
+
+def mixed(loss: Tensor, lse: Tensor) -> Tensor:
+    """The loss with its rows' lse squared, in other shares than the loss has them, some negative."""
+    shares = torch.linspace(-0.5, 1.0, lse.numel(), dtype=lse.dtype).view(lse.shape) * lse.square()
+    return loss + (shares.view(loss.shape) if loss.dim() else shares.mean())
 
 
 def check(
     tensors: Sequence[Any], target: Tensor, upstream: float | Tensor = 1.0, loss: Loss = linear_cross_entropy,
-    **options: Any,
+    reference: Loss = eager, **options: Any,
 ) -> Step:  # fmt: skip
     """Run the operator as `loss`, eager and eager in fp64; apply the rule and return the operator's step.
+
+    reference: what `loss` stands for, with logits.
 
     A loss is one number, which eager gets right by luck now and then: where the rule is broken it is asked again, with
     the sums over H in other orders. There is nothing exact to hold fp64 against: 64 roundings are allowed there.
     """
     ours = run(loss, tensors, target, upstream, **options)
-    exact = run(eager, tensors, target, upstream, torch.float64, **options)
+    exact = run(reference, tensors, target, upstream, torch.float64, **options)
     if tensors[0].dtype == torch.float64:
         for name, right in exact.named().items():
             scale = 1.0 if right is None else max(float(right.abs().max()), 1.0)
             torch.testing.assert_close(ours.named()[name], right, rtol=0, atol=64 * ours.eps * scale)
     else:
         orders = [torch.arange(tensors[0].shape[1]), *(torch.randperm(tensors[0].shape[1]) for _ in range(7))]
-        found = (compare(ours, run(partial(reordered, o), tensors, target, upstream, **options), exact) for o in orders)
+        again = (run(partial(reordered, reference, o), tensors, target, upstream, **options) for o in orders)
+        found = (compare(ours, one, exact) for one in again)
         first = next(found)
         assert first.ok or any(comparison.ok for comparison in found), str(first)
     return ours
 
 
-def reordered(order: Tensor, hidden: Tensor, weight: Tensor, *rest: Any, **options: Any) -> Tensor:
-    """`eager` with H permuted: the same value, and gradients, from sums in another order."""
-    return eager(hidden[:, order], weight[:, order], *rest, **options)
+def reordered(loss: Loss, order: Tensor, hidden: Tensor, weight: Tensor, *rest: Any, **options: Any) -> Tensor:
+    """`loss` with H permuted: the same value, and gradients, from sums in another order."""
+    return loss(hidden[:, order], weight[:, order], *rest, **options)
 
 
 @st.composite

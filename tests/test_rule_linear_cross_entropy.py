@@ -60,6 +60,24 @@ SPELLINGS = {
         lambda z: (z.gather(-1, t.unsqueeze(-1)).squeeze(-1) - z.logsumexp(-1)).exp().sum()
     )(F.linear(h, w)),
     "gathered": lambda h, w, t: F.linear(h, w).log_softmax(-1).gather(-1, t.unsqueeze(-1)).squeeze(-1).sum(),
+    "z-loss of all rows": lambda h, w, t: (
+        lambda z: loss_of(z, t) + 0.1 * z.logsumexp(-1).square().mean()
+    )(F.linear(h, w)),
+    "z-loss of rows that count": lambda h, w, t: (
+        lambda z: loss_of(z, t, ignore_index=3) + 0.1 * (z.logsumexp(-1).pow(2) * (t != 3)).sum() / (t != 3).sum()
+    )(F.linear(h, w)),
+    "z-loss of other rows": lambda h, w, t: (
+        lambda z: loss_of(z[:, :-1], t[:, 1:]) + 0.1 * torch.logsumexp(z, -1, keepdim=True).square().mean()
+    )(torch.tanh(F.linear(h, w) / 5.0) * 5.0),
+    "z-loss, classes second": lambda h, w, t: (
+        lambda z: F.cross_entropy(z, t, reduction="sum") + 0.1 * z.logsumexp(1).square().sum()
+    )(F.linear(h, w).mT),
+    "z-loss by hand": lambda h, w, t: (
+        lambda z: (lambda lse: (lse - z.gather(-1, t[..., None])[..., 0] + 0.1 * lse.square()).mean())(z.logsumexp(-1))
+    )(F.linear(h, w)),
+    "z for the log": lambda h, w, t: (
+        lambda z: torch.stack((loss_of(z, t), z.detach().logsumexp(-1).mean()))
+    )(F.linear(h, w)),
     "gathered, negated": lambda h, w, t: (-F.linear(h, w).log_softmax(-1).gather(2, t.unsqueeze(2))).mean(),
 }  # fmt: skip
 
@@ -222,6 +240,27 @@ def test_an_argmax_of_other_logits_is_refused(name):
     outcome = applied(fn)
     assert not outcome.rewrites
     assert sentence in outcome.refusals[0].reasons[0]
+
+
+REFUSED_SUMS = {
+    "over all": (lambda z: z.logsumexp((1, 2)), "sums over 2 axes, not over each row's classes"),
+    "over rows": (lambda z: z.logsumexp(1), "takes its classes along axis 1, the vocabulary is axis 2"),
+    "of another scale": (lambda z: (0.5 * z).logsumexp(-1), "with scale and cap (0.5, None), the loss some with (1.0, None)"),
+    "of another tensor": (lambda z: (z + 1.0).logsumexp(-1), "is also used by add"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED_SUMS)
+def test_a_logsumexp_of_other_logits_is_refused(name):
+    summed, sentence = REFUSED_SUMS[name]
+
+    def model(h, w, t):
+        logits = F.linear(h, w)
+        return loss_of(logits, t) + 0.1 * summed(logits).square().mean()
+
+    outcome = applied(model)
+    assert not outcome.rewrites
+    assert sentence in " ".join(reason for item in outcome.refusals for reason in item.reasons)
 
 
 @pytest.mark.parametrize(

@@ -279,6 +279,30 @@ class WithAccuracy(nn.Module):
         return found.loss, right.sum() / counted.sum()
 
 
+class WithZLoss(nn.Module):
+    """A model whose loss has a z-loss added to it, as trainers of large models do."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, **inputs: Any) -> Any:
+        found = self.model(**inputs)
+        log_z = found.logits[:, :-1].float().logsumexp(-1)
+        counted = inputs["labels"][:, 1:] != models.IGNORED
+        found.loss = found.loss + 1e-2 * (log_z.square() * counted).sum() / counted.sum()
+        return found
+
+
+@pytest.mark.parametrize("family", ["llama", pytest.param("gemma2", marks=pytest.mark.slow)])
+def test_a_z_loss_beside_the_loss(family: str) -> None:
+    model, inputs = small(family, vocab_size=256, mask="right")
+    module = WithZLoss(model)
+    check(module, compiled(module, fullgraph=True), inputs)
+    assert_loss_rewritten()
+    assert "logsumexp too" in rewritten()[0].detail
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_token_accuracy_beside_the_loss(family: str) -> None:

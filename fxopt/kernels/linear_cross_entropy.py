@@ -43,6 +43,7 @@ class LossKernelSpec:
     bias, transposed: whether there is one; whether W's unit stride is along V.
     whole: H is a multiple of every BLOCK_K there is, so that nothing is masked along it.
     argmax: the class of each token's largest logit is asked for too.
+    lse (backward alone): logsumexp of each token's logits has an upstream gradient of its own.
     gradient, upstream (rows alone): the logits become their gradient; each row has an upstream gradient of its own.
     """
 
@@ -56,6 +57,7 @@ class LossKernelSpec:
     transposed: bool = False
     whole: bool = True
     argmax: bool = False
+    lse: bool = False
     gradient: bool = False
     upstream: bool = False
 
@@ -72,6 +74,7 @@ _TILES: Arguments = [(name, "constexpr") for name in ("BLOCK_M", "BLOCK_N", "BLO
 @functools.lru_cache(256)
 def forward_kernel(spec: LossKernelSpec) -> Kernel:
     """Largest, Total, Chosen, with smoothing Sum, for `argmax` Best; a program a tile of tokens, SPLIT of classes."""
+    spec = replace(spec, lse=False)
     arguments = [*_operands(spec), ("Largest", "*fp32"), ("Total", "*fp32"), ("Chosen", "*fp32")]
     arguments += [("Sum", "*fp32")] if spec.label_smoothing else []
     arguments += [("Best", "*i32")] if spec.argmax else []
@@ -83,7 +86,7 @@ def forward_kernel(spec: LossKernelSpec) -> Kernel:
 def backward_kernel(spec: LossKernelSpec) -> Kernel:
     """Gradient [N, C] of the products with C rows of W; a program a tile of it."""
     spec = replace(spec, argmax=spec.rounds)
-    rows = [(name, "*fp32") for name in ("Factor", "Largest", "Total")]
+    rows = [(name, "*fp32") for name in ("Factor", "Largest", "Total", *(("LseFactor",) if spec.lse else ()))]
     arguments = [*_operands(spec), *rows, ("Gradient", f"*{spec.dtype}")]
     arguments += [("vocabulary", "i32")] if spec.label_smoothing else []
     sizes = ("tokens", "classes_here", "offset", "width", "x_stride", "w_stride", "gradient_stride")
@@ -94,7 +97,7 @@ def backward_kernel(spec: LossKernelSpec) -> Kernel:
 @functools.lru_cache(256)
 def rows_kernel(spec: LossKernelSpec) -> Kernel:
     """Losses, for `gradient` the logits' gradient in place of them, for `argmax` Best; a program a row."""
-    spec = replace(spec, bias=False, transposed=False, whole=True)
+    spec = replace(spec, bias=False, transposed=False, whole=True, lse=False)
     arguments: Arguments = [("Logits", f"*{spec.dtype}"), ("Target", "*i64"), ("Losses", "*fp32")]
     arguments += [("Upstream", "*fp32")] if spec.upstream else []
     arguments += [("Best", "*i64")] if spec.argmax else []
@@ -167,7 +170,7 @@ def shipped(card: Card) -> Iterator[Shipped]:
     for dtype in TRITON_DTYPES:
         plain = LossKernelSpec(dtype)
         every = LossKernelSpec(
-            dtype, 0.5, 30.0, 0.1, 1e-4, bias=True, transposed=True, whole=False, argmax=True, upstream=True
+            dtype, 0.5, 30.0, 0.1, 1e-4, bias=True, transposed=True, whole=False, argmax=True, lse=True, upstream=True
         )
         for name, spec in {"": plain, " softcap": replace(plain, softcap=30.0), " everything": every}.items():
             forward, backward = forward_kernel(spec), backward_kernel(spec)

@@ -11,6 +11,10 @@ anything but the argmax, for which their logits, and no gradients, are computed 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -67,18 +71,31 @@ def loss_and_gradients(
     wanted: Wanted,
     *,
     argmax: bool = False,
+    lse: bool = False,
     upstream: Tensor | None = None,
+    by_lse: Tensor | None = None,
     kernels: bool = False,
 ) -> LossAndGradients:
     """Every row's loss and the gradients wanted.
 
     hidden [N, H], weight [V, H] and bias [V] or None of one floating dtype, target [N] int64, upstream [N] or None for
-    ones; kernels: whether the logits are turned into losses by a Triton kernel. A target that is no class raises
-    IndexError on a CPU; elsewhere the device's own assertion fails, or with kernels the loss is NaN.
+    ones; lse: whether logsumexp of every row is wanted; by_lse: [N], its upstream gradients, where it has some, and
+    then upstream is there too; kernels: whether the logits are turned into losses by a Triton kernel, to which neither
+    is known. A target that is no class raises IndexError on a CPU; elsewhere the device's own assertion fails, or with
+    kernels the loss is NaN.
     """
-    drops = hidden.device.type == "cpu" and not kernels
-    rows = Rows(hidden, target, spec.ignore_index, weight.shape[0], drops)
-    chunks = _Chunks(rows, weight, bias, spec, wanted, argmax, upstream, LogitRows if kernels else LogitBlocks)
+    here = hidden.device.type == "cpu" and not kernels
+    rows = Rows(hidden, target, spec.ignore_index, weight.shape[0], here and not lse and by_lse is None, here)
+    if by_lse is not None:
+        # lse has its own upstream gradients, which no mean over the losses divides.
+        assert upstream is not None
+        upstream, spec = (
+            (upstream / rows.count, replace(spec, reduction="sum")) if spec.reduction == "mean" else (upstream, spec)
+        )
+    kind: Callable[..., LogitBlocks | LogitRows] = (
+        LogitRows if kernels else partial(LogitBlocks, lse=lse, by_lse=by_lse)
+    )
+    chunks = _Chunks(rows, weight, bias, spec, wanted, argmax, upstream, kind)
     for chunk in slices(len(rows), chunks.step):
         chunks.add(chunk)
     if argmax and rows.dropped is not None:
@@ -99,7 +116,7 @@ class _Chunks:
         wanted: Wanted,
         argmax: bool,
         upstream: Tensor | None,
-        kind: type[LogitBlocks | LogitRows],
+        kind: Callable[..., LogitBlocks | LogitRows],
     ):
         self.rows, self.wanted, self.dtype = rows, wanted, accumulate_dtype(weight.dtype)
         passing = rows.hidden.shape[0] if argmax else len(rows)
@@ -133,7 +150,8 @@ class _Chunks:
             weight = self.products.weight_gradient()
         if bias is not None:
             bias = (bias * self.factor).to(waiting)
-        return LossAndGradients(self.logits.losses, self.rows.count, self.hidden, weight, bias, self.logits.argmax)
+        found = self.logits
+        return LossAndGradients(found.losses, self.rows.count, self.hidden, weight, bias, found.argmax, found.lse)
 
     def _factor(self, spec: LossSpec) -> float | Tensor:
         """What gradients of the sum of losses by the logits before the scale are multiplied by; 0 if no row counts."""

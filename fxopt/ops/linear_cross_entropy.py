@@ -6,6 +6,8 @@ for and calls the operator (`fxopt.ops.loss_operator`).
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -14,7 +16,7 @@ from fxopt.ops.loss_costs import recomputes
 from fxopt.ops.loss_operator import FORWARD
 from fxopt.ops.loss_spec import LossSpec, Wanted
 
-__all__ = ["linear_cross_entropy", "linear_cross_entropy_and_argmax"]
+__all__ = ["LossWith", "linear_cross_entropy", "linear_cross_entropy_with"]
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -65,15 +67,31 @@ def linear_cross_entropy(
     or traced. Ambient autocast is not looked at: cast the arguments.
     """
     spec = LossSpec(scale, _checked(softcap), label_smoothing, z_loss, ignore_index, reduction)
-    return _call(hidden, weight, bias, target, spec, False, recompute, lowering)[0]
+    return _call(hidden, weight, bias, target, spec, False, False, recompute, lowering).loss
 
 
-def linear_cross_entropy_and_argmax(
+class LossWith(NamedTuple):
+    """A loss and what else one pass over the logits gives, None where that is not asked for.
+
+    loss:   as `linear_cross_entropy` gives it.
+    argmax: int64, in target's shape: the class of each row's largest logit, ignored rows included.
+    lse:    fp32 (fp64 for fp64), in target's shape: ``z.logsumexp(-1)`` of each row, ignored rows included. It has a
+            gradient.
+    """
+
+    loss: Tensor
+    argmax: Tensor | None
+    lse: Tensor | None
+
+
+def linear_cross_entropy_with(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     target: Tensor,
     *,
+    argmax: bool = False,
+    lse: bool = False,
     scale: float = 1.0,
     softcap: float | None = None,
     label_smoothing: float = 0.0,
@@ -82,19 +100,21 @@ def linear_cross_entropy_and_argmax(
     reduction: str = "mean",
     recompute: bool | None = None,
     lowering: str = "auto",
-) -> tuple[Tensor, Tensor]:
-    """`linear_cross_entropy`, and from the same pass the class of each row's largest logit.
+) -> LossWith:
+    """`linear_cross_entropy`, and from the same pass the class of each row's largest logit, or each row's logsumexp.
 
-    That is int64, in target's shape, of every row, ignored or not: what ``z.argmax(-1)`` gives. Unless `ignore_index`
-    is a class, ``(argmax == target).sum() / (target != ignore_index).sum()`` is the accuracy.
+    argmax: what ``z.argmax(-1)`` gives. Unless `ignore_index` is a class,
+    ``(argmax == target).sum() / (target != ignore_index).sum()`` is the accuracy. Logits are rounded to the inputs'
+    dtype here, however they are computed, then scaled and capped in fp32. Of several that are largest it is the first;
+    NaN counts as the largest, by kernels as one of those that are infinite. Logits that differ by no more than the
+    order of the sums over H makes may change places, or may be equal, as they may from one matrix product of a library
+    to another.
 
-    Logits are rounded to the inputs' dtype here, however they are computed, then scaled and capped in fp32. Of several
-    that are largest it is the first; NaN counts as the largest, by kernels as one of those that are infinite. Logits
-    that differ by no more than the order of the sums over H makes may change places, or may be equal, as they may from
-    one matrix product of a library to another.
+    lse: of which a z-loss is made, in any form; where all of it is ``z_loss * lse**2``, reduced as the loss is, the
+    argument of that name costs less. Its upstream gradients come with the backward, which computes the logits again.
     """
     spec = LossSpec(scale, _checked(softcap), label_smoothing, z_loss, ignore_index, reduction)
-    return _call(hidden, weight, bias, target, spec, True, recompute, lowering)
+    return _call(hidden, weight, bias, target, spec, argmax, lse, recompute, lowering)
 
 
 def _call(
@@ -104,9 +124,10 @@ def _call(
     target: Tensor,
     spec: LossSpec,
     argmax: bool,
+    lse: bool,
     recompute: bool | None,
     lowering: str,
-) -> tuple[Tensor, Tensor]:
+) -> LossWith:
     _check_options(spec)
     check_lowering(lowering)
     _check_tensors(hidden, weight, bias, target)
@@ -114,13 +135,17 @@ def _call(
     wanted = Wanted(*(training and one is not None and one.requires_grad for one in (hidden, weight, bias)))
     if recompute is None:
         recompute = recomputes(hidden, weight, target.numel(), wanted, lowering)
-    loss, *_, best = FORWARD(
+    loss, *_, best, logsumexp = FORWARD(
         hidden.reshape(-1, hidden.shape[-1]), weight, bias, target.reshape(-1),
-        spec.scale, spec.softcap, spec.label_smoothing, spec.z_loss, spec.ignore_index, spec.reduction, argmax,
+        spec.scale, spec.softcap, spec.label_smoothing, spec.z_loss, spec.ignore_index, spec.reduction, argmax, lse,
         *wanted.flags, recompute, lowering,
     )  # fmt: skip
     shape = target.shape
-    return loss.reshape(shape) if spec.reduction == "none" else loss, best.reshape(shape) if argmax else best
+    return LossWith(
+        loss.reshape(shape) if spec.reduction == "none" else loss,
+        best.reshape(shape) if argmax else None,
+        logsumexp.reshape(shape) if lse else None,
+    )
 
 
 def _checked(softcap: float | None) -> float:

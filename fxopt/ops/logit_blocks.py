@@ -2,7 +2,7 @@
 
 With z the logits after scale and softcap, p = softmax(z), e = label_smoothing, y the target:
 
-    dloss/dz = p (1 + 2 z_loss lse) - (1 - e) onehot(y) - e / V
+    dloss/dz = p (1 + 2 z_loss lse) - (1 - e) onehot(y) - e / V        dlse/dz = p
 """
 
 from __future__ import annotations
@@ -31,18 +31,19 @@ def block_bytes(rows: int, vocabulary: int, dtype: torch.dtype, spec: LossSpec, 
 
 
 class LogitBlocks:
-    """What the rows' logits give, once all of them have been handed in: `losses` [N], `argmax` [N] and `bias` [V].
+    """What the rows' logits give, once all of them have been handed in: `losses`, `argmax`, `lse` [N] and `bias` [V].
 
-    step: the most rows of a chunk. gradients: whether logits become their gradient. argmax, bias: whether the class of
-    the largest logit and the sum of the gradient over rows are wanted; what is not is None.
+    step: the most rows of a chunk. gradients: whether logits become their gradient. argmax, lse, bias: whether the
+    class of the largest logit, logsumexp and the sum of the gradient over rows are wanted; what is not is None.
+    by_lse: [N], the upstream gradients of lse, where it has some; no rows are dropped then.
     """
 
     def __init__(
         self, rows: Rows, vocabulary: int, step: int, spec: LossSpec, gradients: bool, bias: bool, argmax: bool,
-        upstream: Tensor | None,
+        upstream: Tensor | None, lse: bool = False, by_lse: Tensor | None = None,
     ):  # fmt: skip
         dtype = rows.hidden.dtype
-        self.rows, self.spec, self.gradients, self.upstream = rows, spec, gradients, upstream
+        self.rows, self.spec, self.gradients, self.upstream, self.by_lse = rows, spec, gradients, upstream, by_lse
         self.vocabulary, self.dtype = vocabulary, accumulate_dtype(dtype)
         self.block = block_rows(step, vocabulary, dtype)
         wide = rows.hidden.new_empty(0, dtype=self.dtype)
@@ -50,6 +51,7 @@ class LogitBlocks:
         self.capped = wide.new_empty(self.block, vocabulary) if spec.softcap and gradients else wide
         self.losses = wide.new_zeros(rows.hidden.shape[0])
         self.argmax = rows.target.new_empty(rows.hidden.shape[0]) if argmax else None
+        self.lse = wide.new_empty(rows.hidden.shape[0]) if lse else None
         self.bias = wide.new_zeros(vocabulary) if bias else None
 
     def turn(self, logits: Tensor, chunk: slice) -> None:
@@ -77,11 +79,16 @@ class LogitBlocks:
             self.rows.put(scores.argmax(-1), block, self.argmax)
         losses, probabilities, lse = self._losses(scores, target)
         self.rows.put(losses if ignored is None else losses.masked_fill(ignored[:, 0], 0), block, self.losses)
+        if self.lse is not None:
+            self.rows.put(lse, block, self.lse)
         if not self.gradients:
             return
-        gradient = self._logit_gradient(probabilities, tanh, lse, target, block)
-        if ignored is not None:
-            gradient.masked_fill_(ignored, 0)
+        if self.by_lse is not None:
+            gradient = self._gradient_with_lse(probabilities, tanh, lse, target, block)
+        else:
+            gradient = self._logit_gradient(probabilities, tanh, lse, target, block)
+            if ignored is not None:
+                gradient.masked_fill_(ignored, 0)
         if self.bias is not None:
             self.bias.add_(gradient.sum(0))
         if gradient.data_ptr() != logits.data_ptr():
@@ -135,3 +142,21 @@ class LogitBlocks:
         if self.upstream is not None:
             gradient.mul_(self.rows.take(self.upstream, block)[:, None])
         return gradient
+
+    def _gradient_with_lse(
+        self, gradient: Tensor, tanh: Tensor | None, lse: Tensor, target: Tensor, block: slice
+    ) -> Tensor:
+        """The same of ``upstream * losses + by_lse * lse``, to which ignored rows have their part by lse."""
+        assert self.by_lse is not None
+        assert self.upstream is not None
+        assert self.rows.ignored is not None
+        smoothing = self.spec.label_smoothing
+        elsewhere = smoothing / self.vocabulary
+        upstream = self.rows.take(self.upstream, block).masked_fill(self.rows.ignored[block], 0)
+        of_losses = upstream * (1.0 + 2.0 * self.spec.z_loss * lse)
+        gradient.mul_((of_losses + self.rows.take(self.by_lse, block))[:, None])
+        chosen = gradient.gather(1, target) - (1.0 - smoothing + elsewhere) * upstream[:, None]
+        if smoothing:
+            gradient.sub_(elsewhere * upstream[:, None])
+        gradient.scatter_(1, target, chosen)
+        return gradient if tanh is None else gradient.addcmul_(gradient, tanh.square_(), value=-1)

@@ -25,6 +25,7 @@ class LogitRows:
         self.rows, self.upstream = rows, upstream if gradients else None
         self.losses = rows.hidden.new_empty(rows.hidden.shape[0], dtype=torch.float32)
         self.argmax = torch.empty_like(rows.target) if argmax else None
+        self.lse: Tensor | None = None  # asked for by tiles alone (`fxopt.ops.loss_operator`)
         self.bias = self.losses.new_zeros(vocabulary) if bias else None
         dtype, has_upstream = triton_dtype(rows.hidden.dtype), self.upstream is not None
         self.spec = LossKernelSpec(dtype, *spec.constants, argmax=argmax, gradient=gradients, upstream=has_upstream)

@@ -10,6 +10,7 @@ card has room for, or atomic additions. Everything is deterministic, and nothing
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -35,7 +36,7 @@ LEAST_CLASSES = 4096
 
 
 def token_losses(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, spec: LossSpec, argmax: bool
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, spec: LossSpec, argmax: bool, lse: bool = False
 ) -> tuple[LossAndGradients, Tensor]:
     """Losses without gradients, and [2, N] that `gradients` needs: the largest logit and sum(exp(logit - largest)).
 
@@ -54,7 +55,7 @@ def token_losses(
     arguments = _tensors(x, w, bias, target) | found
     arguments |= {"tokens": tokens, "vocabulary": vocabulary, "width": width, **_strides(generated, x, w)}
     launch(kernel, count_blocks(tokens, config.tile("BLOCK_M")) * parts, arguments, config)
-    return _put_together(found, target, vocabulary, spec)
+    return _put_together(found, target, vocabulary, spec, lse)
 
 
 def _parts(config: Config, vocabulary: int) -> int:
@@ -62,7 +63,7 @@ def _parts(config: Config, vocabulary: int) -> int:
 
 
 def _put_together(
-    found: dict[str, Tensor], target: Tensor, vocabulary: int, spec: LossSpec
+    found: dict[str, Tensor], target: Tensor, vocabulary: int, spec: LossSpec, with_lse: bool
 ) -> tuple[LossAndGradients, Tensor]:
     """Of the parts [parts, N]. The largest logit is subtracted first: a small loss is no difference of large ones."""
     largest = found["Largest"].amax(0)
@@ -77,7 +78,8 @@ def _put_together(
     if "Best" in found:
         best = found["Best"].gather(0, found["Largest"].argmax(0, keepdim=True)).squeeze(0).to(torch.int64)
     losses, count = losses.masked_fill(ignored, 0.0), (target != spec.ignore_index).sum()
-    return LossAndGradients(losses, count, None, None, None, best), torch.stack((largest, total))
+    lse = largest + total.log() if with_lse else None
+    return LossAndGradients(losses, count, None, None, None, best, lse), torch.stack((largest, total))
 
 
 # --- backward ----------------------------------------------------------------------------------------------------
@@ -85,6 +87,7 @@ def _put_together(
 
 def gradients(
     upstream: Tensor,
+    by_lse: Tensor | None,
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -96,10 +99,15 @@ def gradients(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """By hidden, weight and bias, in their dtype and (weight) strides.
 
-    upstream: the loss's, a scalar or [N]; argmax: whether the forward was asked for it, since it rounded logits then.
+    upstream: the loss's, a scalar or [N]; by_lse: that of lse, [N], where it has one; argmax: whether the forward was
+    asked for it, since it rounded logits then.
     """
     x, w, generated = _operands(hidden, weight, bias, spec, argmax)
-    factor = _row_factors(upstream, target, spec)
+    generated = replace(generated, lse=by_lse is not None)
+    rows = {"Factor": _row_factors(upstream, target, spec), "Largest": normalizer[0], "Total": normalizer[1]}
+    if by_lse is not None:
+        rows["Factor"] = rows["Factor"].masked_fill(target == spec.ignore_index, 0.0)
+        rows["LseFactor"] = (by_lse.to(torch.float32) * spec.scale).contiguous()
     by_x = x.new_zeros(x.shape, dtype=torch.float32) if wanted.hidden else None
     by_w = torch.empty_like(weight) if wanted.weight else None
     by_bias = w.new_empty(w.shape[0]) if wanted.bias else None
@@ -107,7 +115,7 @@ def gradients(
     piece = x.new_empty(x.shape[0], step)
     for classes in slices(w.shape[0], step):
         _multiply(
-            _logit_gradient(piece, classes, x, w, bias, target, factor, normalizer, generated),
+            _logit_gradient(piece, classes, x, w, bias, target, rows, generated),
             classes, x, w, by_x, by_w, by_bias,
         )  # fmt: skip
     del piece  # before hidden's gradient is there twice
@@ -133,16 +141,15 @@ def _logit_gradient(
     w: Tensor,
     bias: Tensor | None,
     target: Tensor,
-    factor: Tensor,
-    normalizer: Tensor,
+    rows: dict[str, Tensor],
     generated: LossKernelSpec,
 ) -> Tensor:
-    """The gradient [N, C] by the products with the rows `classes` of w, in the memory of `piece`."""
+    """The gradient [N, C] by the products with the rows `classes` of w, in the memory of `piece`; rows: [N] each."""
     kernel = backward_kernel(generated)
     config = _config(kernel, generated, x)
     here, part = w[classes], piece[:, : classes.stop - classes.start]
     arguments = _tensors(x, here, None if bias is None else bias[classes], target)
-    arguments |= {"Factor": factor, "Largest": normalizer[0], "Total": normalizer[1], "Gradient": part}
+    arguments |= rows | {"Gradient": part}
     if generated.label_smoothing:
         arguments["vocabulary"] = w.shape[0]
     arguments |= {"tokens": x.shape[0], "classes_here": here.shape[0], "offset": classes.start, "width": x.shape[1]}
@@ -220,13 +227,13 @@ def forward_workspace(hidden: Tensor, weight: Tensor, bias: Tensor | None, spec:
     return 4 * hidden.shape[0] * numbers + _copied_bytes(hidden, weight)
 
 
-def backward_workspace(hidden: Tensor, weight: Tensor, wanted: Wanted) -> int:
+def backward_workspace(hidden: Tensor, weight: Tensor, wanted: Wanted, lse: bool) -> int:
     """Bytes that `gradients` holds at its peak, less its results: the gradient of some logits, and hidden's in fp32."""
     piece = hidden.shape[0] * _classes_at_a_time(hidden.shape[0], weight) * weight.itemsize
     if wanted.hidden and hidden.dtype != torch.float32:
         wide = 4 * hidden.numel()
         piece = max(piece + wide - hidden.nbytes, wide)  # before and after it is rounded
-    return piece + 4 * hidden.shape[0] + _copied_bytes(hidden, weight)
+    return piece + 4 * hidden.shape[0] * (1 + lse) + _copied_bytes(hidden, weight)
 
 
 def _copied_bytes(hidden: Tensor, weight: Tensor) -> int:

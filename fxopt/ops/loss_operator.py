@@ -4,13 +4,13 @@
                                           chunk's logits are there: three matrix products in all, none recomputed
     fxopt::linear_cross_entropy_backward  gradients that waited: logits are computed again, a fourth product
 
-Gradients wait where each row has an upstream gradient of its own (reduction "none" with a trained weight or bias), and
-where `recompute` says so. Between forward and backward only hidden- and weight-shaped tensors are kept, and two numbers
-a row; nothing [N, V]. Arguments:
+Gradients wait where each row has an upstream gradient of its own (reduction "none" with a trained weight or bias, or
+`lse`), and where `recompute` says so. Between forward and backward only hidden- and weight-shaped tensors are kept, and
+two numbers a row; nothing [N, V]. Arguments:
 
     hidden [N, H], weight [V, H], bias [V] or None: one floating dtype; target [N]: int64
     scale, softcap (0: none), label_smoothing, z_loss, ignore_index, reduction: the loss (`LossSpec`)
-    argmax: whether the class of each row's largest logit is asked for
+    argmax, lse: whether the class of each row's largest logit and logsumexp(z) are asked for
     need_hidden, need_weight, need_bias: the gradients that the backward will be asked for
     recompute: whether all of them wait; lowering: how it is computed (`fxopt.ops.launch`)
 
@@ -19,6 +19,7 @@ chunks (`fxopt.ops.chunked_loss`). Results, of which those not computed are empt
 
     loss: fp32 (fp64 for fp64), a scalar, or [N] for "none"; grad_hidden, grad_weight, grad_bias: in `gradient_dtype`
     normalizer: [2, N], what the backward by tiles needs; best: [N] int64, the argmax of every row, ignored or not
+    lse: [N], logsumexp(z) of every row, ignored or not; it has a gradient
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ __all__ = ["BACKWARD", "FORWARD", "MEMORY"]
 Tensors = tuple[Tensor, ...]
 _CONSTANTS = (
     "float scale, float softcap, float label_smoothing, float z_loss, int ignore_index, str reduction, bool argmax, "
-    "bool need_hidden, bool need_weight, bool need_bias, bool recompute, str lowering"
+    "bool lse, bool need_hidden, bool need_weight, bool need_bias, bool recompute, str lowering"
 )
 _INPUTS = "Tensor hidden, Tensor weight, Tensor? bias, Tensor target"
 _GRADIENTS = "Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias"
@@ -56,19 +57,22 @@ class _Call:
 
     spec: LossSpec
     argmax: bool
+    lse: bool
     wanted: Wanted
     recompute: bool
     lowering: str
 
     @classmethod
     def of(cls, constants: Sequence[Any]) -> _Call:
-        return cls(LossSpec(*constants[:6]), constants[6], Wanted(*constants[7:10]), *constants[10:])
+        spec, (argmax, lse), wanted = LossSpec(*constants[:6]), constants[6:8], Wanted(*constants[8:11])
+        return cls(spec, argmax, lse, wanted, *constants[11:])
 
     @property
     def waits(self) -> bool:
         """Whether gradients wait for the backward: a sum over rows needs every row's upstream gradient first."""
         sums = self.wanted.weight or self.wanted.bias
-        return bool(self.wanted) and (self.recompute or (self.spec.reduction == "none" and sums))
+        by_row = self.lse or (self.spec.reduction == "none" and sums)
+        return bool(self.wanted) and (self.recompute or by_row)
 
     @property
     def now(self) -> Wanted:
@@ -94,7 +98,7 @@ def _by_kernels(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Ten
 
 @operator(
     "fxopt::linear_cross_entropy",
-    f"({_INPUTS}, {_CONSTANTS}) -> (Tensor loss, {_GRADIENTS}, Tensor normalizer, Tensor best)",
+    f"({_INPUTS}, {_CONSTANTS}) -> (Tensor loss, {_GRADIENTS}, Tensor normalizer, Tensor best, Tensor lse)",
     launches=_by_kernels,
     traced=_by_tiles,
 )
@@ -102,11 +106,11 @@ def _forward(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor
     call, normalizer = _Call.of(constants), None
     with torch.autocast(hidden.device.type, enabled=False):
         if call.by_tiles(hidden):
-            found, normalizer = loss_launch.token_losses(hidden, weight, bias, target, call.spec, call.argmax)
+            found, normalizer = loss_launch.token_losses(hidden, weight, bias, target, call.spec, call.argmax, call.lse)
         else:
             kernels = _by_kernels(hidden, weight, bias, target, *constants)
             found = loss_and_gradients(
-                hidden, weight, bias, target, call.spec, call.now, argmax=call.argmax, kernels=kernels
+                hidden, weight, bias, target, call.spec, call.now, argmax=call.argmax, lse=call.lse, kernels=kernels
             )
     loss = found.losses
     if call.spec.reduction != "none":
@@ -114,7 +118,8 @@ def _forward(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor
     if normalizer is None or not call.waits:
         normalizer = loss.new_empty(0)
     best = target.new_empty(0) if found.argmax is None else found.argmax
-    return loss, *_present(found.gradients, weight, gradient_dtype(weight.dtype)), normalizer, best
+    lse = loss.new_empty(0) if found.lse is None else found.lse
+    return loss, *_present(found.gradients, weight, gradient_dtype(weight.dtype)), normalizer, best, lse
 
 
 @_forward.register_fake
@@ -126,26 +131,31 @@ def _fake_forward(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: T
         *_empty_gradients(hidden, weight, call.now, gradient_dtype(weight.dtype)),
         hidden.new_empty((2, rows) if call.waits and call.by_tiles(hidden) else 0, dtype=dtype),
         target.new_empty(rows if call.argmax else 0),
+        hidden.new_empty(rows if call.lse else 0, dtype=dtype),
     )
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
     hidden, weight, bias, target, *constants = inputs
     ctx.constants, ctx.call, ctx.dtype = constants, _Call.of(constants), hidden.dtype
-    ctx.mark_non_differentiable(*output[1:])
+    ctx.mark_non_differentiable(*output[1 : 6 if ctx.call.lse else 7])
     ctx.set_materialize_grads(False)  # else zeros as large as the weight stand for gradients that nobody has
     ctx.save_for_backward(*((hidden, weight, bias, target, output[4]) if ctx.call.waits else output[1:4]))
 
 
-def _backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    """Gradients by hidden, weight and bias, in their dtype; upstream is a scalar, or [N] for reduction "none"."""
+def _backward(ctx: Any, upstream: Tensor | None, *others: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Gradients by hidden, weight and bias, in their dtype; upstream is a scalar, or [N] for reduction "none", and the
+    last of the others that of lse, [N]."""
     if torch.is_grad_enabled():
         raise RuntimeError("fxopt::linear_cross_entropy cannot be differentiated twice: do without create_graph=True")
     _check_wanted(ctx)
+    by_lse = others[-1]
     if upstream is None:
-        return (None,) * (3 + _OTHERS)
+        if by_lse is None:
+            return (None,) * (3 + _OTHERS)
+        upstream = by_lse.new_zeros(())
     if ctx.call.waits:
-        gradients = BACKWARD(upstream, *ctx.saved_tensors, *ctx.constants)
+        gradients = BACKWARD(upstream, by_lse, *ctx.saved_tensors, *ctx.constants)
     else:
         # With an axis, fp32 makes the product fp32; a scalar tensor would be rounded to bf16 before it multiplies bf16.
         rows = upstream[:, None] if upstream.dim() else upstream[None]
@@ -174,14 +184,15 @@ _forward.register_autograd(_backward, setup_context=_setup_context)
 # Opaque on every device: it adds to what it has in a loop, and ``addmm(out_dtype=)`` has no meta kernel (torch 2.13).
 @operator(
     "fxopt::linear_cross_entropy_backward",
-    f"(Tensor upstream, {_INPUTS}, Tensor normalizer, {_CONSTANTS}) -> ({_GRADIENTS})",
-    launches=lambda upstream, hidden, weight, bias, target, _, *constants: _by_tiles(
+    f"(Tensor upstream, Tensor? by_lse, {_INPUTS}, Tensor normalizer, {_CONSTANTS}) -> ({_GRADIENTS})",
+    launches=lambda upstream, by_lse, hidden, weight, bias, target, _, *constants: _by_tiles(
         hidden, weight, bias, target, *constants
     ),
     traced=lambda *_: False,
 )
 def _recompute(
     upstream: Tensor,
+    by_lse: Tensor | None,
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -193,12 +204,12 @@ def _recompute(
     with torch.autocast(hidden.device.type, enabled=False):
         if call.by_tiles(hidden):
             found = loss_launch.gradients(
-                upstream, hidden, weight, bias, target, normalizer, call.spec, call.argmax, call.wanted
+                upstream, by_lse, hidden, weight, bias, target, normalizer, call.spec, call.argmax, call.wanted
             )  # fmt: skip
         else:
             rows = upstream.expand(target.shape)
             found = loss_and_gradients(
-                hidden, weight, bias, target, call.spec, call.wanted, upstream=rows
+                hidden, weight, bias, target, call.spec, call.wanted, upstream=rows, by_lse=by_lse
             ).gradients  # fmt: skip
     return _present(found, weight, weight.dtype)
 
@@ -206,6 +217,7 @@ def _recompute(
 @_recompute.register_fake
 def _fake_recompute(
     upstream: Tensor,
+    by_lse: Tensor | None,
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -244,7 +256,15 @@ def _forward_flops(hidden: Any, weight: Any, bias: Any, target: Any, *constants:
 
 @register_flop_formula(torch.ops.fxopt.linear_cross_entropy_backward)
 def _recompute_flops(
-    upstream: Any, hidden: Any, weight: Any, bias: Any, target: Any, normalizer: Any, *constants: Any, **_: Any
+    upstream: Any,
+    by_lse: Any,
+    hidden: Any,
+    weight: Any,
+    bias: Any,
+    target: Any,
+    normalizer: Any,
+    *constants: Any,
+    **_: Any,
 ) -> int:
     return _flops(hidden, weight, 1 + _Call.of(constants).wanted.products)
 
@@ -259,12 +279,12 @@ def _forward_memory(hidden: Tensor, weight: Tensor, bias: Tensor | None, target:
 
 
 def _recompute_memory(
-    upstream: Any, hidden: Tensor, weight: Tensor, bias: Any, target: Any, normalizer: Any, *constants: Any
+    upstream: Any, by_lse: Any, hidden: Tensor, weight: Tensor, bias: Any, target: Any, normalizer: Any, *constants: Any
 ) -> OpMemory:
     call = _Call.of(constants)
-    outputs = _bytes(_fake_recompute(upstream, hidden, weight, bias, target, normalizer, *constants))
+    outputs = _bytes(_fake_recompute(upstream, by_lse, hidden, weight, bias, target, normalizer, *constants))
     if call.by_tiles(hidden):
-        return OpMemory(outputs, loss_launch.backward_workspace(hidden, weight, call.wanted))
+        return OpMemory(outputs, loss_launch.backward_workspace(hidden, weight, call.wanted, by_lse is not None))
     workspace = workspace_bytes(hidden.shape[0], weight, call.spec, call.wanted)
     wide = _bytes(_empty_gradients(hidden, weight, call.wanted, gradient_dtype(weight.dtype)))
     if wide != outputs:  # they are rounded last, when the rest is gone

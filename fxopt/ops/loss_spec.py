@@ -61,7 +61,7 @@ class LossAndGradients:
 
     losses: [N], zero where ignored; count: how many rows are not ignored; hidden [N, H], weight [V, H] and bias [V]:
     gradients of the sum of ``upstream * losses`` (of its mean, if that is the reduction), None where not wanted;
-    argmax: [N], the class of the largest logit, of ignored rows too, None where not wanted.
+    argmax, lse: [N], the class of the largest logit and logsumexp(z), of ignored rows too, None where not wanted.
     """
 
     losses: Tensor
@@ -70,6 +70,7 @@ class LossAndGradients:
     weight: Tensor | None
     bias: Tensor | None
     argmax: Tensor | None
+    lse: Tensor | None
 
     @property
     def gradients(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:

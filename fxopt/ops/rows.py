@@ -8,17 +8,21 @@ from torch import Tensor
 class Rows:
     """The rows that count: their hidden states and targets.
 
-    drops: whether ignored rows are left out, which waits for the device to count them, and targets that are no class
-    raise IndexError. Else all rows are kept, and those that are ignored are marked in `ignored`. Those left out, if
-    any, are `dropped`: their positions.
+    drops: whether ignored rows are left out, which waits for the device to count them; those left out, if any, are
+    `dropped`: their positions. Else all rows are kept, and those that are ignored are marked in `ignored`.
+    checks: whether targets that are no class raise IndexError, which waits for the device too.
     """
 
-    def __init__(self, hidden: Tensor, target: Tensor, ignore_index: int, vocabulary: int, drops: bool):
+    def __init__(self, hidden: Tensor, target: Tensor, ignore_index: int, vocabulary: int, drops: bool, checks: bool):
         self.hidden, self.target = hidden, target
         self.positions: Tensor | None = None
         self.dropped: Tensor | None = None
         self.ignored: Tensor | None = None
         ignored = target == ignore_index
+        if checks:
+            wrong = target[~ignored & ((target < 0) | (target >= vocabulary))]
+            if wrong.numel():
+                raise IndexError(f"Target {int(wrong[0])} is out of bounds.")
         if not drops:
             self.ignored = ignored
             self.count: int | Tensor = (~ignored).sum()
@@ -27,9 +31,6 @@ class Rows:
             self.positions, self.dropped = (~ignored).nonzero().squeeze(1), ignored.nonzero().squeeze(1)
             self.target = target[self.positions]
         self.count = self.target.shape[0]
-        wrong = self.target[(self.target < 0) | (self.target >= vocabulary)]
-        if wrong.numel():
-            raise IndexError(f"Target {int(wrong[0])} is out of bounds.")
 
     def __len__(self) -> int:
         return self.target.shape[0]

@@ -17,14 +17,25 @@ import torch.nn.functional as F
 from allocations import peak_bytes
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from loss_cases import check, constants, eager, problem, problems, run, whole_numbers, with_argmax
+from loss_cases import (
+    check,
+    constants,
+    eager,
+    eager_with_lse,
+    problem,
+    problems,
+    run,
+    whole_numbers,
+    with_argmax,
+    with_lse,
+)  # fmt: skip
 from torch import Tensor, fx
 
 import fxopt
 from fxopt import backend as pipeline
 from fxopt.ops import chunked_loss, loss_launch
 from fxopt.ops.launch import launch
-from fxopt.ops.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_and_argmax
+from fxopt.ops.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_with
 from fxopt.ops.loss_operator import BACKWARD, FORWARD
 from fxopt.ops.registry import memory_of
 
@@ -48,6 +59,14 @@ def test_equals_cross_entropy_of_the_logits(drawn: Any, lowering: str) -> None:
     tensors, target, upstream, options = drawn
     with small_pieces():
         check(tensors, target, upstream, lowering=lowering, **options)
+
+
+@settings(max_examples=20)
+@given(drawn=problems(DTYPES), lowering=st.just("interpret"))
+def test_lse_and_its_gradients_are_those_of_the_logits(drawn: Any, lowering: str) -> None:
+    tensors, target, upstream, options = drawn
+    with small_pieces():
+        check(tensors, target, upstream, with_lse, eager_with_lse, lowering=lowering, **options)
 
 
 @PATHS
@@ -175,8 +194,8 @@ def test_a_small_probability_keeps_its_loss_and_a_large_one_its_gradient(recompu
 def test_argmax_is_the_first_of_the_largest_logits_in_any_tile(recompute: bool) -> None:
     hidden, weight, bias, target = whole_numbers()
     target[3] = -100
-    loss, best = linear_cross_entropy_and_argmax(
-        hidden, weight, bias, target, reduction="none", lowering="interpret", recompute=recompute
+    loss, best, _ = linear_cross_entropy_with(
+        hidden, weight, bias, target, argmax=True, reduction="none", lowering="interpret", recompute=recompute
     )
     logits = hidden @ weight.t()
     largest = logits == logits.amax(-1, keepdim=True)
@@ -195,8 +214,8 @@ def test_argmax_is_of_logits_rounded_to_the_inputs_dtype(
     draw = torch.Generator().manual_seed(0)
     hidden, weight = ((size + torch.rand(rows, 16, generator=draw)).to(dtype) for size, rows in ((1, 70), (12, 150)))
     target = torch.randint(0, 150, (70,), generator=draw).masked_fill(torch.arange(70) % 3 == 0, -100)
-    _, best = linear_cross_entropy_and_argmax(
-        hidden, weight, None, target, softcap=softcap, lowering="interpret", recompute=recompute
+    _, best, _ = linear_cross_entropy_with(
+        hidden, weight, None, target, argmax=True, softcap=softcap, lowering="interpret", recompute=recompute
     )
     product = hidden.double() @ weight.double().t()
     rounded = product.to(dtype).double()
@@ -217,7 +236,9 @@ def test_beside_an_argmax_loss_and_gradients_are_of_the_same_logits(dtype: torch
 def test_argmax_of_rows_that_are_no_numbers_is_torchs(recompute: bool) -> None:
     hidden, weight, bias, target = (t.detach() for t in problem())
     hidden[3] = bias[40] = math.nan
-    _, best = linear_cross_entropy_and_argmax(hidden, weight, bias, target, lowering="interpret", recompute=recompute)
+    _, best, _ = linear_cross_entropy_with(
+        hidden, weight, bias, target, argmax=True, lowering="interpret", recompute=recompute
+    )
     assert torch.equal(best, (hidden @ weight.t() + bias).argmax(-1))
 
 
@@ -233,10 +254,12 @@ def test_fake_and_autograd_registrations_are_true(reduction: str, transposed: bo
     how = {"recompute": recompute, "lowering": "interpret", "argmax": transposed}
     values = constants(reduction, True, True, True, **how)
     torch.library.opcheck(FORWARD, (hidden, weight, bias, target, *values))
-    *_, normalizer, _ = FORWARD(hidden, weight, bias, target, *values)
+    *_, normalizer, _, _ = FORWARD(hidden, weight, bias, target, *values)
     if normalizer.numel():
         saved = (hidden.detach(), weight.detach(), bias.detach(), target, normalizer)
-        torch.library.opcheck(BACKWARD, (torch.rand(20 if reduction == "none" else ()), *saved, *values))
+        for by_lse in (None, torch.rand(20)):
+            upstream = torch.rand(20 if reduction == "none" else ())
+            torch.library.opcheck(BACKWARD, (upstream, by_lse, *saved, *values))
 
 
 def test_compiles_with_changing_sizes() -> None:
@@ -260,10 +283,10 @@ def nothing(*arguments: Any, **named: Any) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.float16, marks=pytest.mark.slow), torch.bfloat16])
 def test_the_memory_formulas_of_tiles_are_what_the_allocator_sees(dtype: torch.dtype) -> None:
     hidden, weight, _, target = (t.detach() for t in problem(100, 16, 200, dtype))
-    values = constants("mean", True, True, False, argmax=True, recompute=True, lowering="interpret")
+    values = constants("mean", True, True, False, argmax=True, lse=True, recompute=True, lowering="interpret")
     forward = (hidden, weight, None, target, *values)
-    *_, normalizer, _ = FORWARD(*forward)
-    backward = (torch.ones(()), hidden, weight, None, target, normalizer, *values)
+    *_, normalizer, _, _ = FORWARD(*forward)
+    backward = (torch.ones(()), torch.ones(100), hidden, weight, None, target, normalizer, *values)
     with (
         mock.patch.multiple(loss_launch, PIECE_BYTES=1, LEAST_CLASSES=64),
         # A CPU's library copies and widens what 16-bit products are of, which ones depends on the processor.

@@ -130,7 +130,7 @@ def test_the_backward_stays_an_operator() -> None:
 
     def gradients(hidden: Tensor, weight: Tensor, target: Tensor) -> Any:
         normalizer = hidden.new_empty((2, hidden.shape[0]), dtype=FP32)
-        return BACKWARD(hidden.new_empty((), dtype=FP32), hidden, weight, None, target, normalizer, *values)
+        return BACKWARD(hidden.new_empty((), dtype=FP32), None, hidden, weight, None, target, normalizer, *values)
 
     with FakeTensorMode():
         assert launches(traced(gradients, *tensors(GEMMA))) == ["fxopt.linear_cross_entropy_backward.default"]
@@ -201,7 +201,7 @@ def test_tiles_take_a_twelfth_of_the_memory_that_inductor_takes(size: tuple[int,
         forward = memory_of(FORWARD, hidden, weight, None, target, *values)
         normalizer = torch.empty(2, size[0], device="cuda")
         upstream = torch.empty((), device="cuda")
-        backward = memory_of(BACKWARD, upstream, hidden, weight, None, target, normalizer, *values)
+        backward = memory_of(BACKWARD, upstream, None, hidden, weight, None, target, normalizer, *values)
     assert forward is not None
     assert backward is not None
     gradients = backward.outputs if size == GEMMA else 0

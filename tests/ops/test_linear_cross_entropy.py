@@ -15,13 +15,27 @@ import torch.nn.functional as F
 from allocations import peak_bytes
 from hypothesis import given
 from hypothesis import strategies as st
-from loss_cases import DTYPES, NAMES, Loss, check, constants, eager, problem, problems, run, whole_numbers, with_argmax
+from loss_cases import (
+    DTYPES,
+    NAMES,
+    Loss,
+    check,
+    constants,
+    eager,
+    eager_with_lse,
+    problem,
+    problems,
+    run,
+    whole_numbers,
+    with_argmax,
+    with_lse,
+)
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode
 
 from fxopt.ops import chunked_loss, logit_blocks, products
-from fxopt.ops.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_and_argmax
+from fxopt.ops.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_with
 from fxopt.ops.loss_operator import BACKWARD, FORWARD
 from fxopt.ops.registry import memory_of
 from fxopt.testing.compare import compare
@@ -214,8 +228,8 @@ def test_argmax_is_that_of_the_logits_and_changes_nothing_else(dtype: torch.dtyp
     hidden, weight, bias, target = problem(dtype=dtype)
     target[3] = -100
     with small_chunks():
-        losses, best = linear_cross_entropy_and_argmax(
-            hidden, weight, bias, target.view(7, 10), softcap=softcap, reduction="none"
+        losses, best, _ = linear_cross_entropy_with(
+            hidden, weight, bias, target.view(7, 10), argmax=True, softcap=softcap, reduction="none"
         )
         alone = linear_cross_entropy(hidden, weight, bias, target.view(7, 10), softcap=softcap, reduction="none")
     assert torch.equal(losses, alone)
@@ -236,7 +250,9 @@ def test_argmax_is_of_ignored_rows_too_and_the_first_of_equal_logits(dtype: torc
     assert (torch.sum(logits == logits.amax(-1, keepdim=True), -1) > 1).any()
     with small_chunks():
         found = [
-            linear_cross_entropy_and_argmax(hidden.requires_grad_(trained), weight, bias, target, recompute=False)[1]
+            linear_cross_entropy_with(
+                hidden.requires_grad_(trained), weight, bias, target, argmax=True, recompute=False
+            ).argmax
             for trained in (True, False)
         ]
     assert all(torch.equal(best, logits.argmax(-1)) for best in found)
@@ -255,8 +271,34 @@ def test_argmax_of_rows_that_are_no_numbers_is_torchs() -> None:
     bias[[5, 9]] = torch.tensor([math.inf, math.nan])
     hidden[3] = math.nan
     target[::4] = -100
-    _, best = linear_cross_entropy_and_argmax(hidden, weight, bias, target)
+    best = linear_cross_entropy_with(hidden, weight, bias, target, argmax=True).argmax
     assert torch.equal(best, F.linear(hidden, weight, bias).argmax(-1))
+
+
+@given(drawn=problems(), kind=st.sampled_from((products.AtenProducts, None)))
+def test_lse_and_its_gradients_are_those_of_the_logits(drawn: Any, kind: Any) -> None:
+    tensors, target, upstream, options = drawn
+    with small_chunks(kind):
+        check(tensors, target, upstream, with_lse, eager_with_lse, **options)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_lse_has_a_gradient_where_the_loss_has_none(reduction: str) -> None:
+    hidden, weight, bias, target = problem(7, dtype=torch.float64)
+    target[:] = -100  # and a mean is NaN
+    found = linear_cross_entropy_with(hidden, weight, bias, target, lse=True, reduction=reduction)
+    expected = F.linear(hidden, weight, bias).logsumexp(-1)
+    torch.testing.assert_close(found.lse, expected)
+    ours, theirs = (torch.autograd.grad(lse.square().sum(), (hidden, weight, bias)) for lse in (found.lse, expected))
+    for one, right in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, right)
+
+
+def test_a_wrong_target_raises_beside_an_lse_too() -> None:
+    *tensors, target = problem()
+    target[3] = 57
+    with pytest.raises(IndexError, match="Target 57 is out of bounds"):
+        linear_cross_entropy_with(*tensors, target, lse=True)
 
 
 # --- edges -------------------------------------------------------------------------------------------------------
@@ -362,12 +404,15 @@ def test_fake_and_autograd_registrations_are_true(reduction: str, needs: tuple[b
     hidden, weight, bias, target = problem()
     weight = weight.detach().t().contiguous().t() if transposed else weight.detach()
     tensors = [t.detach().requires_grad_(need) for t, need in zip((hidden, weight, bias), needs, strict=True)]
-    values = constants(reduction, *needs, argmax=transposed)
-    torch.library.opcheck(FORWARD, (*tensors, target, *values))
-    assert [output.requires_grad for output in FORWARD(*tensors, target, *values)] == [True, *[False] * 5]
+    for lse in (False, True):
+        values = constants(reduction, *needs, argmax=transposed, lse=lse)
+        torch.library.opcheck(FORWARD, (*tensors, target, *values))
+        found = [output.requires_grad for output in FORWARD(*tensors, target, *values)]
+        assert found == [True, *[False] * 5, lse]
     if reduction == "none":
         saved = (*(t.detach() for t in tensors), target, torch.empty(0))
-        torch.library.opcheck(BACKWARD, (torch.rand(70), *saved, *values))
+        for by_lse in (None, torch.rand(70)):
+            torch.library.opcheck(BACKWARD, (torch.rand(70), by_lse, *saved, *values))
 
 
 def test_stays_whole_in_a_pre_autograd_trace() -> None:
@@ -453,6 +498,7 @@ def test_the_memory_formula_of_the_backward_is_what_the_allocator_sees(dtype: to
     tensors[2] = None
     arguments = (
         torch.ones(()),
+        None,
         *tensors,
         target,
         torch.empty(0),
@@ -469,6 +515,6 @@ def test_memory_of_other_operators_is_unknown() -> None:
     assert memory_of(torch.ops.aten.mm.default, torch.ones(1, 1), torch.ones(1, 1)) is None
     *tensors, target = problem()
     saved = (*tensors, target, torch.empty(0))
-    backward = memory_of(BACKWARD, torch.rand(70), *saved, *constants("none", True, True, True))
+    backward = memory_of(BACKWARD, torch.rand(70), None, *saved, *constants("none", True, True, True))
     assert backward is not None
     assert backward.outputs == sum(t.nbytes for t in tensors)
