@@ -24,6 +24,7 @@ from fxopt.kernels.cards import Card
 from fxopt.kernels.catalog import Shipped
 from fxopt.kernels.pointwise import helpers_of
 from fxopt.kernels.source import TRITON_DTYPES, Kernel, generate, render
+from fxopt.score.bounds import largest
 from fxopt.score.program import Program
 from fxopt.score.term import apply, constant, load, variable
 
@@ -32,7 +33,7 @@ __all__ = ["backward_kv_kernel", "backward_pairs_kernel", "backward_q_kernel", "
 
 LN2 = 0.6931471805599453
 LOWEST = -3.0e38
-"""The score of all keys in a row without any, where that means all of them alike."""
+"""The score of all keys in a row without any, where that means all of them alike; no finite score is less."""
 
 Arguments = list[tuple[str, str]]
 
@@ -210,7 +211,7 @@ def _values(spec: AttentionKernelSpec, found: Emitted) -> dict[str, Any]:
         "dtype": TRITON_DTYPES[spec.dtype],
         "precision": ', input_precision="ieee"' if spec.dtype == "fp32" else "",
         "uses_s": affine is None or affine[1] is not None,
-        "finite": not spec.loads,
+        "finite": largest(spec.score.result) * LOG2E < -LOWEST,
         "has_full": not spec.predicate or spec.intervals,
         "threshold": min(round(spec.dropout * 2**31), 2**31 - 1),
         "growth": repr(1 / (1 - spec.dropout)),

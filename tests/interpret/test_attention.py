@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -19,6 +20,9 @@ from fxopt.ops.attention_operator import BACKWARD, FORWARD
 from fxopt.ops.dropout_bits import keep_bits
 from fxopt.ops.key_intervals import key_intervals
 from fxopt.ops.query_tiles import query_tiles
+from fxopt.score.bounds import largest
+from fxopt.score.program import Program
+from fxopt.score.term import Term, apply, cast_to, constant, variable
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 
@@ -44,6 +48,42 @@ def test_every_mask(name: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("name", sorted(PROGRAMS))
 def test_every_program_and_the_gradients_of_what_it_captures(name: str) -> None:
     interpreted(with_program(case(queries=40, upper=0, dtype=BF16), name)).check()
+
+
+S, Q, K = (variable(name) for name in "sqk")
+SHUT = apply("where", apply("lt", K, constant(20)), constant(-math.inf), S)
+OPEN = cast_to("float", apply("ge", K, constant(20)))
+
+
+def shut(s: Tensor) -> Tensor:
+    return s.masked_fill(torch.arange(s.shape[-1]) < 20, -math.inf)
+
+
+def opened(s: Tensor) -> Tensor:
+    return (torch.arange(s.shape[-1]) >= 20).to(s.dtype)
+
+
+@pytest.mark.parametrize("empty", ["zero", "uniform"])
+@pytest.mark.parametrize(
+    ("program", "score"),
+    [
+        (apply("mul", SHUT, constant(1.5)), lambda s: shut(s) * 1.5),
+        (apply("add", S, apply("log", OPEN)), lambda s: s + opened(s).log()),
+        (apply("sub", S, apply("div", constant(1.0), OPEN)), lambda s: s - 1 / opened(s)),
+        (
+            apply("where", apply("eq", apply("mod", Q, constant(2)), constant(0)), S, SHUT),
+            lambda s: torch.where(torch.arange(s.shape[-2])[:, None] % 2 == 0, s, shut(s)),
+        ),
+        (apply("max", SHUT, apply("sub", SHUT, constant(1.0))), lambda s: torch.maximum(shut(s), shut(s) - 1)),
+    ],
+    ids=["scaled", "logarithm", "quotient", "every second row", "larger"],
+)
+def test_a_program_may_rule_out_all_of_the_first_keys(program: Term, score: Any, empty: str) -> None:
+    """The first tile of 16 keys has no finite score, in a loop without a mask."""
+    one = case(1, 2, 1, 40, empty=empty)
+    one.options["program"], one.score = Program(program), score
+    assert largest(program) == math.inf
+    interpreted(one).check()
 
 
 @pytest.mark.parametrize("empty", ["zero", "uniform", "uniform+"])
