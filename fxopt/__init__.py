@@ -4,8 +4,7 @@
 """
 
 from fxopt.backend import explain
-from fxopt.errors import OptionError
-from fxopt.fallback import FxoptWarning
+from fxopt.errors import FxoptWarning, OptionError
 from fxopt.options import Options
 from fxopt.report import Report, clear_reports, reports
 from fxopt.rule import Cost, NoSite, Pattern, Refusal, Region, Rewrite, Rule, Site

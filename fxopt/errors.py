@@ -7,11 +7,15 @@ from collections.abc import Sequence
 
 from fxopt import compat
 
-__all__ = ["BudgetError", "OptionError", "ReportError", "brief", "nearest"]
+__all__ = ["BudgetError", "FxoptWarning", "OptionError", "ReportError", "brief", "nearest"]
 
 
 class OptionError(compat.PassesThroughDynamo, ValueError):
     """An option the user gave cannot be honoured; the message names the value and the way out."""
+
+
+class FxoptWarning(UserWarning):
+    """Something inside fxopt failed and was left out; results are right, and slower or larger than they could be."""
 
 
 class ReportError(ValueError):

@@ -10,11 +10,7 @@ from pathlib import Path
 from torch import fx
 
 from fxopt import dump
-
-
-class FxoptWarning(UserWarning):
-    """Something inside fxopt failed and was left out; results are right, and slower or larger than they could be."""
-
+from fxopt.errors import FxoptWarning
 
 _REPRO = '''
 

@@ -7,10 +7,12 @@ import multiprocessing
 import os
 import queue
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection
-from multiprocessing.process import BaseProcess
+from typing import Any
 
 from rich.console import Console
 from rich.progress import track
@@ -18,7 +20,7 @@ from rich.progress import track
 from fxopt.kernels.interpreter import interpreting
 from fxopt.kernels.offline import Job, Resources, compile_offline, recalled, remember
 
-__all__ = ["LIMIT", "Outcome", "compile_all", "compile_shown"]
+__all__ = ["LIMIT", "Outcome", "compile_all", "compile_shown", "serve"]
 
 Outcome = Resources | str
 """What a kernel uses, or a sentence why it was not compiled."""
@@ -84,7 +86,7 @@ class _Worker:
 
     def __init__(self, compiler: Compile, limit: float) -> None:
         self.compiler, self.limit, self.closed = compiler, limit, False
-        self.process: BaseProcess | None = None
+        self.process: subprocess.Popen[bytes] | None = None
 
     def ask(self, job: Job) -> Outcome:
         """What comes of `job`. Raises OSError where no process can be had."""
@@ -95,20 +97,30 @@ class _Worker:
                 return self.connection.recv()
             why = f"compilation took longer than {self.limit:g} s"
         except (EOFError, ConnectionError):
-            process.join(5)
-            why = f"the compiler's process ended with exit code {process.exitcode}"
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(5)
+            why = f"the compiler's process ended with exit code {process.returncode}"
         self.process = None
         _kill(process)
         return why
 
-    def _start(self) -> BaseProcess:
-        context = multiprocessing.get_context("spawn")  # a fork of a process with threads, as torch's is, may hang
-        self.connection, theirs = context.Pipe()
-        process = context.Process(target=_serve, args=(theirs, self.compiler), daemon=True)
-        process.start()
+    def _start(self) -> subprocess.Popen[bytes]:
+        """A new interpreter. A fork of a process with threads, as torch's is, may hang; multiprocessing's spawn runs
+        the main module again, which may be a training script that does not ask whether it is `__main__`."""
+        self.connection, theirs = multiprocessing.Pipe()
+        command = f"from fxopt.kernels.farm import serve; serve({theirs.fileno()})"
+        paths = os.pathsep.join(dict.fromkeys(path or os.getcwd() for path in sys.path))
+        process = subprocess.Popen(
+            [sys.executable, "-c", command],
+            env=os.environ | {"PYTHONPATH": paths},
+            pass_fds=[theirs.fileno()],
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,  # Ctrl-C reaches the asking process alone
+        )
         self.process = process
         theirs.close()
-        with contextlib.suppress(EOFError):
+        with contextlib.suppress(EOFError, ConnectionError):
+            self.connection.send(self.compiler)
             self.connection.recv()  # imports take 3 s, which are not the kernel's
         return process
 
@@ -119,19 +131,20 @@ class _Worker:
             _kill(self.process)
 
 
-def _kill(process: BaseProcess) -> None:
+def _kill(process: subprocess.Popen[bytes]) -> None:
     """End a process and the assembler that it may be waiting for."""
-    if process.is_alive() and process.pid:
+    if process.poll() is None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-    process.join()
+    process.wait()
 
 
-def _serve(connection: Connection, compiler: Compile) -> None:
-    """Answer jobs until nobody asks; in a process group of its own, so that Ctrl-C reaches the asking process alone."""
-    os.setpgid(0, 0)
-    connection.send(None)
+def serve(descriptor: int) -> None:
+    """In a process of its own: answer jobs that come over a pipe until nobody asks; a compiler comes first."""
+    connection: Connection[Any, Any] = Connection(descriptor)
     with contextlib.suppress(EOFError, OSError):
+        compiler = connection.recv()
+        connection.send(None)
         while True:
             connection.send(_outcome(compiler, connection.recv()))
 

@@ -6,10 +6,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from triton.errors import TritonError
 
 from fxopt.kernels.cards import Card
 from fxopt.kernels.configs import TRIAL, Config, Trial, remember, remembered, tuning_is_on
+from fxopt.kernels.refused import is_refusal
 from fxopt.kernels.source import Kernel
 
 __all__ = ["Tuned", "tune"]
@@ -100,10 +100,8 @@ def _time(run: Run, trial: Trial, timer: Timer) -> float | None:
     """Milliseconds, or None where Triton refuses the candidate; what CUDA says, an illegal address say, is raised."""
     try:
         return timer(_under(trial, run))
-    except TritonError:  # OutOfResources, CompilationError, PTXASError
-        return None
-    except RuntimeError as error:
-        if "PassManager::run failed" not in str(error):
+    except Exception as error:
+        if not is_refusal(error):
             raise
         return None
 

@@ -17,9 +17,11 @@ import torch
 from torch import Tensor
 
 from fxopt import compat
+from fxopt.errors import brief
 from fxopt.kernels.cards import is_on_card
 from fxopt.kernels.configs import ALIGNMENT, Config
 from fxopt.kernels.interpreter import interpreting, repair_bf16
+from fxopt.kernels.refused import KernelError, is_refusal
 from fxopt.kernels.source import Kernel
 
 __all__ = [
@@ -70,7 +72,8 @@ def launch(kernel: Kernel, blocks: int, values: Mapping[str, Any], config: Confi
 
     values: by argument, and others that the kernel does not have. No blocks: nothing is launched. Within `Noting` the
     kernel is noted and nothing is launched.
-    Raises ValueError for more blocks than a grid has, RuntimeError on a CPU in a process whose triton compiles.
+    Raises ValueError for more blocks than a grid has, RuntimeError on a CPU in a process whose triton compiles, and
+    `KernelError` where Triton does not compile it for the card.
     """
     noting = _NOTING.get()
     if noting is not None:
@@ -95,7 +98,12 @@ def launch(kernel: Kernel, blocks: int, values: Mapping[str, Any], config: Confi
         torch.library.wrap_triton(function)[(blocks,)](**arguments, **tiles, **warps)
     else:
         with torch.cuda.device(first.device):  # Triton launches on the current device, which need not be this one
-            function[(blocks,)](**arguments, **tiles, **warps)
+            try:
+                function[(blocks,)](**arguments, **tiles, **warps)
+            except Exception as error:
+                if not is_refusal(error):
+                    raise
+                raise KernelError(kernel, brief(error)) from error
 
 
 def _aligned(value: Any) -> bool:

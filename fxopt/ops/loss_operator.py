@@ -26,12 +26,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from fxopt.kernels.refused import or_else
 from fxopt.ops import loss_launch
 from fxopt.ops.chunked_loss import loss_and_gradients, workspace_bytes
 from fxopt.ops.launch import operator, runs_triton
@@ -108,10 +110,11 @@ def _forward(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor
         if call.by_tiles(hidden):
             found, normalizer = loss_launch.token_losses(hidden, weight, bias, target, call.spec, call.argmax, call.lse)
         else:
-            kernels = _by_kernels(hidden, weight, bias, target, *constants)
-            found = loss_and_gradients(
-                hidden, weight, bias, target, call.spec, call.now, argmax=call.argmax, lse=call.lse, kernels=kernels
+            by_aten = partial(
+                loss_and_gradients, hidden, weight, bias, target, call.spec, call.now, argmax=call.argmax, lse=call.lse
             )
+            kernels = _by_kernels(hidden, weight, bias, target, *constants)
+            found = or_else(partial(by_aten, kernels=True), by_aten) if kernels else by_aten()
     loss = found.losses
     if call.spec.reduction != "none":
         loss = loss.sum() if call.spec.reduction == "sum" else loss.sum() / found.count
@@ -202,15 +205,18 @@ def _recompute(
 ) -> Tensors:
     call = _Call.of(constants)
     with torch.autocast(hidden.device.type, enabled=False):
+        by_chunks = partial(
+            loss_and_gradients, hidden, weight, bias, target, call.spec, call.wanted,
+            upstream=upstream.expand(target.shape), by_lse=by_lse,
+        )  # fmt: skip
         if call.by_tiles(hidden):
-            found = loss_launch.gradients(
-                upstream, by_lse, hidden, weight, bias, target, normalizer, call.spec, call.argmax, call.wanted
+            tiles = partial(
+                loss_launch.gradients,
+                upstream, by_lse, hidden, weight, bias, target, normalizer, call.spec, call.argmax, call.wanted,
             )  # fmt: skip
+            found = or_else(tiles, lambda: by_chunks().gradients)
         else:
-            rows = upstream.expand(target.shape)
-            found = loss_and_gradients(
-                hidden, weight, bias, target, call.spec, call.wanted, upstream=rows, by_lse=by_lse
-            ).gradients  # fmt: skip
+            found = by_chunks().gradients
     return _present(found, weight, weight.dtype)
 
 

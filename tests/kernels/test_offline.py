@@ -1,8 +1,8 @@
 """Kernels compiled for cards that are not there: every default of every family fits and spills nothing."""
 
+import contextlib
 import dataclasses
 import itertools
-import multiprocessing
 import os
 import subprocess
 import sys
@@ -14,6 +14,7 @@ import pytest
 import triton
 from tiny_kernels import COPY, FAT, PRODUCT, SLIM, SMALL, SPILLING, odd
 
+import fxopt
 from fxopt.commands.kernels import MOST_SPILLS, Row, faults
 from fxopt.kernels import offline
 from fxopt.kernels.cards import CARDS, TARGETS, Card
@@ -121,9 +122,20 @@ def test_compilers_that_raise_die_or_hang_do_not_take_the_others_down(
     assert found[dies] == "the compiler's process ended with exit code -6"
     assert found[hangs] == "compilation took longer than 2 s"
     assert not is_running(int((tmp_path / "pid").read_text())), "what the compiler waited for is ended with it"
-    assert multiprocessing.active_children() == []
+    assert not workers()
     assert [offline.recalled(job) for job in jobs[:3]] == [None] * 3, "a failure may be the machine's"
     assert dict(compile_all(right, 1, compiler=odd)) == {job: found[job] for job in right}, "remembered: in no time"
+
+
+def workers() -> list[str]:
+    """Processes of this one that serve compilations."""
+    found = []
+    for one in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it may end meanwhile
+            parent = (one / "stat").read_text().rpartition(")")[2].split()[1]
+            if parent == str(os.getpid()) and b"farm" in (one / "cmdline").read_bytes():
+                found.append(one.name)
+    return found
 
 
 def is_running(pid: int) -> bool:
@@ -134,13 +146,31 @@ def is_running(pid: int) -> bool:
         return False
 
 
+def test_a_script_that_compiles_is_run_once(tmp_path: Path) -> None:
+    """Training scripts rarely ask whether they are `__main__`."""
+    script = tmp_path / "train.py"
+    script.write_text(
+        "from tiny_kernels import COPY, odd\n"
+        "from fxopt.kernels.cards import CARDS\n"
+        "from fxopt.kernels.configs import Config\n"
+        "from fxopt.kernels.farm import compile_all\n"
+        "from fxopt.kernels.offline import Job\n"
+        "print('once')\n"
+        "print(list(compile_all([Job(COPY, Config((('BLOCK', 256),), 4, 1), CARDS[1])], 1, compiler=odd))[0][1])\n"
+    )
+    paths = os.pathsep.join((str(Path(__file__).parents[1]), str(Path(fxopt.__file__).parents[1])))
+    env = os.environ | {"PYTHONPATH": paths, "FXOPT_CACHE": str(tmp_path)}
+    done = subprocess.run([sys.executable, script], env=env, capture_output=True, text=True, timeout=120, check=False)
+    assert done.stdout.splitlines() == ["once", str(Resources(4, 0, 0, True))], done.stderr
+
+
 def test_nobody_compiles_on_when_nobody_asks_any_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TINY_ASSEMBLER", str(tmp_path / "pid"))
     started = time.monotonic()
     going = compile_all(jobs_of(4, 8), 1, compiler=odd)
     next(going)
     going.close()
-    assert multiprocessing.active_children() == []
+    assert not workers()
     assert time.monotonic() - started < 60
 
 

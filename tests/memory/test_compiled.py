@@ -13,8 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import fxopt
 from fxopt import compat
-from fxopt.errors import BudgetError
-from fxopt.fallback import FxoptWarning
+from fxopt.errors import BudgetError, FxoptWarning
 from fxopt.memory.plan import KEPT, RECOMPUTED, Plan
 from fxopt.memory.rates import CPU
 from fxopt.memory.steps import EARLIER, Step, family_of, note_piece, piece_of, step_of
