@@ -18,6 +18,7 @@ from fxopt.choosing import Chooser
 from fxopt.differential import same_function
 from fxopt.fake import without_autocast
 from fxopt.fallback import warn_once
+from fxopt.kernels.refused import warn_of
 from fxopt.limits import Limit, limit
 from fxopt.memory.measured import watched
 from fxopt.memory.plan import Plan
@@ -29,12 +30,15 @@ from fxopt.precision.policy import Policy
 from fxopt.report import GraphReport, Report, record, reports
 from fxopt.rewrite import Chooses, apply_rule, copy_module
 from fxopt.rule import Place, Rule, Site
+from fxopt.site_kernels import refused_sites
 from fxopt.stages import Stages
 from fxopt.version import VERSION
 
 INTERFACE = "same outputs, aliasing, in-place writes and random operators as before"
 
 Compiler = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]
+Banned = dict[tuple[str, str], str]
+"""By rule and site: what may not be rewritten, and why."""
 
 
 def fxopt(
@@ -147,16 +151,53 @@ def run(
     chooser: what each site is measured by; None: nothing is. outlined, limited: see `Stages`. plan: what came of the
     memory plan, asked for once the compiler is done.
     """
-    stages = Stages(gm, options, name, outlined, limited)
-    if not stages.allows("capture", stages.write_repro):
-        return stages.finish(), compiler(gm, inputs)
-    with compat.hidden_from_hooks():
-        graph, outputs, mixed = prepare(gm, inputs, stages, chooser)
-    with autocast_after(mixed):
-        compat.inherit_from_dynamo(graph, gm)
-        compiled = stages.run("compile", lambda: outputs.wrap(compiler(graph, inputs)), otherwise=None)
-        stages.planned(plan())
-    return stages.finish(), compiled or compiler(gm, inputs)
+    banned: Banned = {}
+    while True:
+        stages = Stages(gm, options, name, outlined, limited)
+        if not stages.allows("capture", stages.write_repro):
+            return stages.finish(), compiler(gm, inputs)
+        with compat.hidden_from_hooks():
+            graph, outputs, mixed = prepare(gm, inputs, stages, chooser, banned)
+        with autocast_after(mixed):
+            compat.inherit_from_dynamo(graph, gm)
+            compiling = functools.partial(compile_wrapped, compiler, graph, inputs, outputs)
+            compiled = stages.run(
+                "compile", functools.partial(compiled_or_refused, graph, compiling, limited), otherwise=None
+            )
+            if isinstance(compiled, dict):
+                banned |= compiled
+                continue
+            stages.planned(plan())
+        return stages.finish(), compiled or compiler(gm, inputs)
+
+
+def compile_wrapped(
+    compiler: Compiler, graph: fx.GraphModule, inputs: Sequence[Any], outputs: OutputPlan
+) -> Callable[..., Any]:
+    """`graph` compiled, with what was deferred put back among its outputs."""
+    return outputs.wrap(compiler(graph, inputs))
+
+
+def compiled_or_refused(
+    graph: fx.GraphModule, compiling: Callable[[], Callable[..., Any]], limit: Limit | None
+) -> Callable[..., Any] | Banned:
+    """What `compiling` gives; or, where it fails for kernels that the card does not take, the sites that need them.
+
+    Of each such kernel the user is warned. Raises what `compiling` raises for any other reason.
+    """
+    try:
+        return compiling()
+    except compat.DYNAMO_CONTROL:
+        raise
+    except Exception:
+        if limit is not None:
+            raise  # a failure is what is being looked for
+        refused = refused_sites(graph)
+        if not refused:
+            raise
+        for error in refused.values():
+            warn_of(error, "Sites that need it are left as the model wrote them")
+        return {site: str(error) for site, error in refused.items()}
 
 
 def autocast_after(mixed: precision.Precision | None) -> contextlib.AbstractContextManager[Any]:
@@ -165,7 +206,7 @@ def autocast_after(mixed: precision.Precision | None) -> contextlib.AbstractCont
 
 
 def prepare(
-    gm: fx.GraphModule, inputs: Sequence[Any], stages: Stages, chooser: Chooses | None
+    gm: fx.GraphModule, inputs: Sequence[Any], stages: Stages, chooser: Chooses | None, banned: Banned
 ) -> tuple[fx.GraphModule, OutputPlan, precision.Precision | None]:
     """All stages before the compiler: the graph for that, what becomes of its outputs, and which casts were made."""
     options, nothing = stages.options, list[str]()
@@ -176,7 +217,7 @@ def prepare(
         graph, mixed = stages.run("precision", lambda: cast(graph, policy, stages), otherwise=(graph, mixed))
     with autocast_after(mixed):
         graph, deferrable = stages.run(
-            "rewrite", lambda: rewrite(graph, inputs, stages, chooser), otherwise=(graph, nothing)
+            "rewrite", lambda: rewrite(graph, inputs, stages, chooser, banned), otherwise=(graph, nothing)
         )
         graph, outputs = stages.run(
             "outputs", lambda: defer(graph, deferrable, stages), otherwise=(graph, OutputPlan())
@@ -206,7 +247,7 @@ def cast(gm: fx.GraphModule, policy: Policy, stages: Stages) -> tuple[fx.GraphMo
 
 
 def rewrite(
-    gm: fx.GraphModule, inputs: Sequence[Any], stages: Stages, chooser: Chooses | None
+    gm: fx.GraphModule, inputs: Sequence[Any], stages: Stages, chooser: Chooses | None, banned: Banned
 ) -> tuple[fx.GraphModule, list[str]]:
     """Stage 3: each rule in turn, on the graph the last one left. A rule that fails is left out of this graph."""
     deferrable: list[str] = []
@@ -225,6 +266,7 @@ def rewrite(
                     lowering=stages.options.kernels,
                     chooser=measuring,
                     permits=permits,
+                    banned={site: why for (name, site), why in banned.items() if name == rule.name},
                 )
             except verify.VerificationError as error:
                 stages.checked(f"rule {rule.name}", INTERFACE, error)

@@ -18,17 +18,20 @@ from rich.console import Console
 from torch import Tensor, fx
 
 from fxopt import compat
-from fxopt.choice import INDUCTOR, Choice, Measured, decide
+from fxopt.choice import INDUCTOR, OURS, Choice, Measured, decide
 from fxopt.compat import pytree
 from fxopt.errors import brief
 from fxopt.excerpt import Excerpt, Unmeasurable, ambient, draw, excerpt
 from fxopt.fake import value_of
+from fxopt.fallback import warn_once
 from fxopt.kernels.cards import card_of
 from fxopt.kernels.configs import tuning_is_on
+from fxopt.kernels.refused import warn_of
 from fxopt.kernels.tuning import tune
 from fxopt.metering import CudaMeter, Meter, Run, release, undisturbed
 from fxopt.remembering import Key, recall, remember
 from fxopt.rule import Place, Rule, Site
+from fxopt.site_kernels import refused_sites
 
 __all__ = ["Chooser"]
 
@@ -93,6 +96,7 @@ class Chooser:
         self, name: str, site: Site, replacement: Callable[..., Any] | None, inputs: Sequence[Tensor], tell: Tell
     ) -> Measured:
         """One candidate, by itself: what it holds is let go of before the next."""
+        graph = None
         try:
             found = excerpt(site)
             with ambient(found.site.anchor):
@@ -103,6 +107,8 @@ class Chooser:
                 milliseconds, held = self.meter(name, run)
             return Measured(name, milliseconds, held, tuned=tuned)
         except Exception as error:
+            if name == OURS and not isinstance(error, torch.OutOfMemoryError):
+                _warn(site, graph, error)
             return Measured(name, None, failure=brief(error))
         finally:
             release()
@@ -135,6 +141,16 @@ def _step(call: Callable[..., Any], found: Excerpt, inputs: Sequence[Tensor]) ->
         return torch.autograd.grad(results, wanted, upstream, allow_unused=True) if results else None
 
     return run
+
+
+def _warn(site: Site, graph: fx.GraphModule | None, error: Exception) -> None:
+    """Warn that fxopt's own candidate at `site`, which is `graph` if it came to that, failed with `error`."""
+    refused = {} if graph is None else refused_sites(graph)
+    for one in refused.values():
+        warn_of(one, "Sites that need it are left to others")
+    if not refused:
+        part = f"fxopt's {site.rule} at {Place.of(site.anchor)}"
+        warn_once(part, "the site is left to others", error, graph or fx.GraphModule({}, fx.Graph()), {})
 
 
 @contextlib.contextmanager

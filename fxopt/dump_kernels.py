@@ -6,10 +6,7 @@ nothing of that; here a copy of it does.
 
 from __future__ import annotations
 
-import collections
-import contextlib
 import dataclasses
-import operator
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,38 +15,17 @@ from typing import Any
 
 from torch import fx
 
-from fxopt.fake import arguments, value_of
-from fxopt.kernels.cards import Card, as_if_on
+from fxopt.kernels.cards import Card
 from fxopt.kernels.farm import Outcome, compile_shown
 from fxopt.kernels.offline import Job, Resources
 from fxopt.kernels.source import Kernel, write_whole
-from fxopt.ops.launch import Launch
-from fxopt.ops.launched import kernels_of
 from fxopt.report import SiteKernel
-from fxopt.rewrite import submodules
 from fxopt.rule import Place
 from fxopt.score.origins import Origins
 from fxopt.score.term import Term
+from fxopt.site_kernels import Use, used_kernels
 
 __all__ = ["annotated", "write"]
-
-
-@dataclasses.dataclass(frozen=True)
-class Use:
-    """A kernel that a rewritten site launches: the site's name and place, and where its program's terms come from."""
-
-    rule: str
-    site: str
-    place: Place
-    origins: Mapping[Term, Place]
-
-
-@dataclasses.dataclass
-class Used:
-    """A kernel's uses, and on which cards, of those asked about, it is launched how."""
-
-    uses: list[Use] = dataclasses.field(default_factory=list)
-    launches: dict[Card, Launch] = dataclasses.field(default_factory=dict)
 
 
 def write(gm: fx.GraphModule, directory: Path, cards: Sequence[Card] = ()) -> tuple[list[SiteKernel], list[str]]:
@@ -60,7 +36,7 @@ def write(gm: fx.GraphModule, directory: Path, cards: Sequence[Card] = ()) -> tu
     each kernel that does not compile. Raises OSError, and what an operator raises on fake tensors.
     """
     found, faults = list[SiteKernel](), list[str]()
-    kernels = _used(gm, cards)
+    kernels = used_kernels(gm, cards)
     jobs = {
         (kernel, card): Job(kernel, launch.config, card, launch.aligned)
         for kernel, used in kernels.items()
@@ -78,33 +54,6 @@ def write(gm: fx.GraphModule, directory: Path, cards: Sequence[Card] = ()) -> tu
 
 def _resources(outcomes: Mapping[str, Outcome]) -> dict[str, dict[str, int]]:
     return {card: dataclasses.asdict(one) for card, one in outcomes.items() if isinstance(one, Resources)}
-
-
-def _used(gm: fx.GraphModule, cards: Sequence[Card]) -> dict[Kernel, Used]:
-    """By kernel: those that are launched where the tensors of `gm` are, and those of `cards`."""
-    found: dict[Kernel, Used] = collections.defaultdict(Used)
-    for node in [node for module in submodules(gm) for node in module.graph.nodes]:
-        if "sites" not in node.meta or getattr(node.target, "namespace", "") != "fxopt":
-            continue
-        origins = node.meta.get("origins", {})
-        uses = [Use(node.meta["rule"], name, place, origins) for name, place in node.meta["sites"]]
-        kernels: dict[Kernel, None] = {}
-        for card in (None, *cards):
-            with contextlib.nullcontext() if card is None else as_if_on(card):
-                launches = _kernels_of(node)
-            kernels |= dict.fromkeys(launches)
-            if card is not None:
-                for kernel, launch in launches.items():
-                    found[kernel].launches.setdefault(card, launch)
-        for kernel in kernels:
-            found[kernel].uses += uses
-    return found
-
-
-def _kernels_of(node: fx.Node) -> dict[Kernel, Launch]:
-    args, kwargs = fx.map_arg((node.args, node.kwargs), value_of)
-    read = {arguments(user)[1] for user in node.users if user.target is operator.getitem}
-    return kernels_of(node.target, args, kwargs, read)
 
 
 def annotated(kernel: Kernel, uses: Sequence[Use]) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 import triton
 
-from fxopt.choice import Measured
+from fxopt.choice import OURS, Measured
 from fxopt.kernels.source import cache_directory, write_whole
 from fxopt.version import VERSION
 
@@ -51,9 +51,10 @@ def recall(key: Key) -> tuple[Measured, ...]:
 
 
 def remember(key: Key, measured: Sequence[Measured]) -> None:
-    """Keep `measured`; on disk only what the next process would measure too: memory may have been short in this one."""
+    """Keep `measured`; on disk only what the next process would measure too: memory may have been short in this one, or
+    a disk full on which our kernel was to be compiled."""
     _KNOWN[key.path] = tuple(measured)
-    if not any("OutOfMemory" in one.failure for one in measured):
+    if not any("OutOfMemory" in one.failure or (one.failure and one.name == OURS) for one in measured):
         with contextlib.suppress(OSError):
             write_whole(key.path, json.dumps([dataclasses.asdict(one) for one in measured], indent=1))
 

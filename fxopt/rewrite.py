@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
@@ -64,6 +65,7 @@ class _How:
     lowering: str
     chooser: Chooses | None
     permits: Permits | None
+    banned: Mapping[str, str]
 
 
 @dataclasses.dataclass
@@ -98,6 +100,7 @@ def apply_rule(
     lowering: str = "auto",
     chooser: Chooses | None = None,
     permits: Permits | None = None,
+    banned: Mapping[str, str] = MappingProxyType({}),
 ) -> Outcome:
     """Rewrite every site of `rule` in a copy of the canonical graph `gm`, bodies included, and verify the copy.
 
@@ -107,12 +110,13 @@ def apply_rule(
     chooser:   asked at each site to which nothing but cost is objected, and what it measured settles that. None: every
                site takes the replacement unless something is objected.
     permits:   asked last, at each site that is to be rewritten.
+    banned:    sites that are to be left alone, by their anchor's name, with the reason.
 
     Raises whatever the rule raises and `verify.VerificationError`; `gm` is untouched either way.
     """
     outcome = Outcome(copy_module(gm))
     modules = list(submodules(outcome.module))
-    how = _How(force, may_defer, lowering, chooser, permits)
+    how = _How(force, may_defer, lowering, chooser, permits, banned)
     inner = dataclasses.replace(how, may_defer=False)  # a body's outputs are not the caller's
     changes = [_apply_in(rule, one, outcome, how if one is outcome.module else inner) for one in modules]
     if not any(change.rewrites for change in changes):
@@ -187,7 +191,9 @@ def _apply_in(rule: Rule, gm: fx.GraphModule, outcome: Outcome, how: _How) -> _C
         if not gone.isdisjoint(found.nodes):
             continue  # an earlier site of this rule already covers it
         found = dataclasses.replace(found.renamed(moved), lowering=how.lowering)
-        reasons, choice = _settled(rule, found, [*illegal(found, order, how.may_defer), *rule.objections(found)], how)
+        objections = [*illegal(found, order, how.may_defer), *rule.objections(found)]
+        objections += [how.banned[found.anchor.name]] if found.anchor.name in how.banned else []
+        reasons, choice = _settled(rule, found, objections, how)
         node, place = found.anchor.name, Place.of(found.anchor)
         if reasons:
             only_cost = all(isinstance(reason, Cost) for reason in reasons)
@@ -291,8 +297,9 @@ def _values_of_results(new: fx.Graph) -> list[Any]:
 def _hand_over(site: Site, values: Sequence[Any], results: Sequence[fx.Node], moved: dict[fx.Node, fx.Node]) -> None:
     if len(results) != len(site.outputs):
         raise verify.VerificationError(f"replacement returns {len(results)} values for {len(site.outputs)} outputs")
+    inside = set(site.nodes)  # they stand before the replacement, and are dropped
     for old, value, new in zip(site.outputs, values, results, strict=True):
         verify.same_value(f"{site.rule} at {old.name}", value_of(old), value, grad=False)
         new.meta["val"] = value_of(old)  # a later site of this rule may read it, and tracing records no requires_grad
-        old.replace_all_uses_with(new)
+        old.replace_all_uses_with(new, lambda user: user not in inside)
         moved[old] = new

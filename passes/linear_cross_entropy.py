@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +25,8 @@ from fxopt.fake import arguments, bound_arguments, value_of
 from fxopt.logit_readers import Argmax, LogSumExp, Reader, common_moves, is_deferrable, readers_of
 from fxopt.ops.launch import kernels_on, runs_triton
 from fxopt.ops.linear_cross_entropy import linear_cross_entropy_with
+from fxopt.ops.loss_costs import chunks_are_small, recomputes
+from fxopt.ops.loss_spec import Wanted
 from fxopt.projection import MOVES, Move, check_moves, moved_rows, moves_of, projection_of
 from fxopt.rule import Cost, Draw, NoSite, Region, Site
 
@@ -116,13 +119,15 @@ def replacement(
     reduction: str,
     negate: bool = False,
     readers: tuple[Read, ...] = (),
+    recompute: bool | None = None,
     lowering: str = "auto",
 ) -> tuple[Tensor, ...]:
     """The loss of the moved rows of `hidden`, and what `readers` read; casts that autocast would make are made here.
 
     The operator goes over the rows that all of them come from, of which the loss ignores those it does not read.
 
-    lowering: how the op is computed (`fxopt.ops.launch`).
+    recompute: which of the kernels' two ways is taken (`fxopt.ops.loss_costs`); lowering: how the op is computed
+    (`fxopt.ops.launch`).
     """
     shared = common_moves((moves, *(one.moves for one in readers)))
     rows = moved_rows(hidden, shared)
@@ -142,6 +147,7 @@ def replacement(
         "ignore_index": ignore_index,
         "label_smoothing": label_smoothing,
         "reduction": reduction,
+        "recompute": recompute,
         "lowering": lowering,
     }
     lse, argmax = (any(one.is_lse is kind for one in readers) for kind in (True, False))
@@ -188,6 +194,27 @@ def objections(site: Site) -> Iterator[str]:
         yield Cost(
             f"{vocabulary} classes for hidden states of {width}: the logits are no larger than what they come from"
         )
+
+
+def candidates(site: Site) -> dict[str, Callable[..., tuple[Tensor, ...]]]:
+    """The way through the vocabulary that the cost model does not take, where there is a choice: its rates are guesses.
+
+    Chunks only where they hold little beside the logits: being faster is no reason to hold more there.
+    """
+    hidden, weight = site.value("hidden"), site.value("weight")
+    weight = weight.t() if site.inputs["transposed"] else weight
+    bias = site.value("bias") if "bias" in site.inputs else None
+    wanted = Wanted(*(one is not None and one.requires_grad for one in (hidden, weight, bias)))
+    like = hidden.new_empty(0, dtype=site.inputs["compute_dtype"])
+    by_row = any(one.is_lse for one in site.inputs["readers"])
+    by_row |= site.inputs["reduction"] == "none" and (wanted.weight or wanted.bias)
+    if not wanted or by_row or site.lowering == "interpret" or not runs_triton(like, site.lowering):
+        return {}
+    tokens = hidden.numel() // hidden.shape[-1]
+    if recomputes(like, weight.to(like.dtype), tokens, wanted, site.lowering):
+        chunks = partial(replacement, recompute=False)
+        return {"chunks": chunks} if chunks_are_small(weight, tokens, wanted) else {}
+    return {"tiles": partial(replacement, recompute=True)}
 
 
 def saves_memory(site: Site) -> bool:
@@ -500,6 +527,7 @@ RULE = Region(
     grow=grow,
     replacement=replacement,
     objections=objections,
+    candidates=candidates,
     computed=computed,
     saves_memory=saves_memory,
     integers=integers,

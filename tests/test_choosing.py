@@ -13,6 +13,7 @@ from graphs import LargestDraw, captured, targets
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import build
+from tiny_kernels import COPY
 
 import fxopt
 from fxopt import Pattern, backend, choosing, compat, metering, remembering
@@ -22,6 +23,8 @@ from fxopt.choosing import Chooser
 from fxopt.differential import same_function
 from fxopt.draw import SeededDraw
 from fxopt.excerpt import Unmeasurable, draw, excerpt
+from fxopt.kernels import refused
+from fxopt.kernels.refused import KernelError
 from fxopt.passes import RULES
 from fxopt.report import GraphReport, Report
 from fxopt.rewrite import apply_rule, candidates
@@ -186,8 +189,19 @@ def test_a_candidate_of_another_shape_is_out():
 
 def test_ours_that_fails_is_left_to_inductor():
     chooser, _ = scripted(**{INDUCTOR: (3.0, 1)})
-    (refusal,) = of_swish(chooser)[1].refusals
+    with pytest.warns(fxopt.FxoptWarning, match="fxopt's swish at .* failed .KeyError.*; the site is left to others"):
+        (refusal,) = of_swish(chooser)[1].refusals
     assert "fxopt failed (KeyError: 'fxopt')" in refusal.reasons[0]
+
+
+def test_a_kernel_of_ours_that_does_not_compile_is_warned_of_and_forgotten(tmp_path, monkeypatch):
+    """What failed once, with a disk full say, is tried again by the next process."""
+    wrong = {("swish", "mul"): KernelError(COPY, "PTXASError: no")}
+    monkeypatch.setattr(choosing, "refused_sites", lambda graph: wrong)
+    monkeypatch.setattr(refused, "_WARNED", set())
+    with pytest.warns(fxopt.FxoptWarning, match=f"the kernel copy does not compile here .*{COPY.path}.*left to others"):
+        of_swish(scripted(**{INDUCTOR: (3.0, 1)})[0])
+    assert not list(tmp_path.rglob("chosen/**/*.json"))
 
 
 @pytest.mark.parametrize("cost", [False, True])

@@ -9,8 +9,9 @@ from graphs import captured, targets
 
 import fxopt
 from fxopt.deferred import DeferredTensor
+from fxopt.kernels.cards import CARDS, as_if_on
 from fxopt.passes.linear_cross_entropy import RULE
-from fxopt.rewrite import apply_rule
+from fxopt.rewrite import apply_rule, candidates
 
 B, T, H, V = 2, 5, 8, 24
 
@@ -240,6 +241,29 @@ def test_an_argmax_of_other_logits_is_refused(name):
     outcome = applied(fn)
     assert not outcome.rewrites
     assert sentence in outcome.refusals[0].reasons[0]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "loss", "other"),
+    [
+        (torch.float32, loss_of, {"tiles": True}),
+        (torch.bfloat16, loss_of, {"chunks": False}),
+        (torch.bfloat16, lambda z, t: loss_of(z, t, reduction="none"), {}),
+        (torch.bfloat16, lambda z, t: loss_of(z, t) + z.float().logsumexp(-1).square().mean(), {}),
+        (torch.float64, loss_of, {}),
+    ],
+    ids=["fp32", "bf16", "row by row", "z-loss", "fp64"],
+)
+def test_on_a_card_the_way_that_the_cost_model_does_not_take_is_a_candidate(dtype, loss, other):
+    """The model takes chunks in fp32, and in bf16 for hidden states of 2048 tiles."""
+    hidden, weight = torch.randn(1, 2, 2048), torch.randn(4096, 2048)
+    args = hidden.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_(), torch.randint(0, 4096, (1, 2))
+    graph = captured(lambda h, w, t: loss(F.linear(h, w), t), *args).module
+    (site,) = [one for one in candidates(RULE, graph) if isinstance(one, fxopt.Site)]
+    assert RULE.candidates(site) == {}, "there is one way on a CPU"
+    with as_if_on(CARDS[3]):
+        found = RULE.candidates(site)
+    assert {name: one.keywords["recompute"] for name, one in found.items()} == other
 
 
 REFUSED_SUMS = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Callable
 from typing import TypeVar
@@ -20,6 +21,8 @@ class KernelError(RuntimeError):
     """A generated kernel does not compile for the card, or does not fit it; the message names its source."""
 
     def __init__(self, kernel: Kernel, why: str):
+        with contextlib.suppress(OSError):
+            kernel.written()  # it may have been compiled by another process, or not at all
         super().__init__(f"the kernel {kernel.name} does not compile here ({why}); its source is {kernel.path}")
         self.kernel = kernel
 

@@ -67,6 +67,10 @@ class Kernel:
         """Where the source lies once the kernel is loaded."""
         return _path(self.name, self.source)
 
+    def written(self) -> Path:
+        """`path`, once the source is there. Raises OSError."""
+        return _written(self.name, self.source)
+
     @property
     def tiles(self) -> tuple[str, ...]:
         """The names of the tile sizes."""

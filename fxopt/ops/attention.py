@@ -82,7 +82,7 @@ def attention(
     tiles = None
     if intervals is not None and runs_triton(q, lowering):
         spreads = empty != "zero" and sink is None
-        tiles = query_tiles(intervals, k.shape[2], grain_of(card_of(q.device)), spreads)
+        tiles = query_tiles(intervals, k.shape[2], _grain_on(q.device), spreads)
     out, _ = FORWARD(
         q, k, v, sink, intervals, tiles, seed, list(captures),
         _text("program", str(program), len(captures)), _text("predicate", str(predicate), len(captures)),
@@ -105,6 +105,11 @@ def _text(name: str, text: str, captures: int) -> str:
     if program.captures > captures:
         raise ValueError(f"the {name} loads from {program.captures} tensors, and captures are {captures}")
     return text
+
+
+@torch.compiler.assume_constant_result  # Dynamo, which may trace this, need not know how a device is asked
+def _grain_on(device: torch.device) -> int:
+    return grain_of(card_of(device))
 
 
 def _check_inputs(q: Tensor, k: Tensor, v: Tensor, sink: Maybe) -> None:

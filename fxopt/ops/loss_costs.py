@@ -30,7 +30,7 @@ from fxopt.ops.launch import runs_triton
 from fxopt.ops.loss_launch import LEAST_CLASSES
 from fxopt.ops.loss_spec import Wanted
 
-__all__ = ["chunk_seconds", "rates_of", "recomputes", "tile_seconds", "tokens_for_chunks"]
+__all__ = ["chunk_seconds", "chunks_are_small", "rates_of", "recomputes", "tile_seconds", "tokens_for_chunks"]
 
 
 NARROW_SHARE, FP32_SHARE = 0.75, 0.5
@@ -55,7 +55,12 @@ def recomputes(hidden: Tensor, weight: Tensor, tokens: int | SymInt, wanted: Wan
     rates = _rates_on(hidden.device)
     if chunk_seconds(weight, wanted, rates) > tile_seconds(weight, wanted, rates):
         return True
-    return not compat.guard_or_false(tokens >= tokens_for_chunks(weight, wanted))
+    return not chunks_are_small(weight, tokens, wanted)
+
+
+def chunks_are_small(weight: Tensor, tokens: int | SymInt, wanted: Wanted) -> bool:
+    """Whether chunks hold little enough beside the logits of `tokens` to be chosen for their time."""
+    return compat.guard_or_false(tokens >= tokens_for_chunks(weight, wanted))
 
 
 @torch.compiler.assume_constant_result  # Dynamo, which may trace this, need not know how a device is asked

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fxopt.kernels.attention_configs import grain_of
 from fxopt.kernels.attention_spec import parts_of
-from fxopt.kernels.cards import INTERPRETER
+from fxopt.kernels.cards import INTERPRETER, Card
 from fxopt.ops.attention import attention
 from fxopt.ops.attention_operator import BACKWARD, FORWARD
 from fxopt.ops.dropout_bits import keep_bits
@@ -48,6 +48,25 @@ def test_every_mask(name: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("name", sorted(PROGRAMS))
 def test_every_program_and_the_gradients_of_what_it_captures(name: str) -> None:
     interpreted(with_program(case(queries=40, upper=0, dtype=BF16), name)).check()
+
+
+def test_dynamo_need_not_know_how_a_card_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On CUDA that is a call which gives a string, in the middle of a function that a user compiles."""
+
+    def card_of(device: torch.device) -> Card:
+        torch._dynamo.graph_break()
+        return INTERPRETER
+
+    monkeypatch.setattr("fxopt.ops.attention.card_of", card_of)
+    one = masked("documents", batch=1, heads=2, key_heads=1, queries=20, keys=20, width=16)
+    q, k, v = (one.tensors[name].detach() for name in "qkv")
+    how = {"intervals": one.options["intervals"], "captures": one.captures, "predicate": str(one.options["predicate"])}
+
+    def called(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attention(q, k, v, lowering="interpret", **how)
+
+    compiled = torch.compile(called, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(q, k, v), called(q, k, v))
 
 
 S, Q, K = (variable(name) for name in "sqk")
@@ -100,8 +119,11 @@ def test_rows_without_keys(empty: str, program: str, sink: bool) -> None:
     interpreted(one).check()
 
 
-def test_rows_without_keys_poison_where_softmax_would() -> None:
+@pytest.mark.parametrize("dropout", [0.0, 0.9])
+def test_rows_without_keys_poison_where_softmax_would(dropout: float) -> None:
+    """Also where dropout keeps none of their probabilities: 0 times NaN is NaN."""
     one = case(1, 2, 1, 40, lower=-200, upper=-3, empty="nan")
+    one.options |= {"dropout": dropout, "seed": torch.tensor(3)}
     every = interpreted(one).run(one.ours).named()
     assert every["loss"] is not None
     assert every["loss"][:, :, :3].isnan().all()

@@ -90,7 +90,7 @@ def test_a_result_that_nobody_reads_has_no_gradient(read: set[int], by_stream: b
 def loss(recompute: bool) -> list[str]:
     with FakeTensorMode():
         hidden, weight, target = torch.empty(64, 32), torch.empty(100, 32), torch.empty(64, dtype=torch.int64)
-        constants: tuple[Any, ...] = (1.0, 0.0, 0.0, 0.0, -100, "mean", False, True, True, False, recompute)
+        constants: tuple[Any, ...] = (1.0, 0.0, 0.0, 0.0, -100, "mean", False, False, True, True, False, recompute)
         arguments = (hidden, weight, None, target, *constants, "interpret")
         return [one.name for one in kernels_of(loss_operator.FORWARD, arguments, {}, {0})]
 
