@@ -14,22 +14,17 @@ tiles that no mask cuts are a loop of their own without one. Tensors and what th
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from fxopt.kernels.attention_configs import configs
 from fxopt.kernels.attention_spec import ACROSS, DOWN, LOG2E, AttentionKernelSpec, Emitted, emitted, parts_of
-from fxopt.kernels.cards import Card
-from fxopt.kernels.catalog import Shipped
 from fxopt.kernels.pointwise import helpers_of
 from fxopt.kernels.source import TRITON_DTYPES, Kernel, generate, render
 from fxopt.score.bounds import largest
-from fxopt.score.program import Program
-from fxopt.score.term import apply, constant, load, variable
 
 __all__ = ["backward_kv_kernel", "backward_pairs_kernel", "backward_q_kernel", "delta_kernel", "forward_kernel",
-           "query_tiles_kernel", "shipped", "slots_by_kernel"]  # fmt: skip
+           "query_tiles_kernel", "slots_by_kernel"]  # fmt: skip
 
 LN2 = 0.6931471805599453
 LOWEST = -3.0e38
@@ -135,36 +130,6 @@ def slots_by_kernel(spec: AttentionKernelSpec, wanted: Sequence[bool]) -> tuple[
         tuple(slot for slot in slots if "k" not in reads[slot]),
         tuple(slot for slot in slots if reads[slot] == {"k"}),
         tuple(slot for slot in slots if reads[slot] == {"q", "k"}),
-    )
-
-
-def shipped(card: Card) -> Iterator[Shipped]:
-    """Kernels of common heads, masks and programs, with the configurations that are tried on `card`."""
-    for name, spec in _representatives():
-        kernels = [forward_kernel(spec), backward_q_kernel(spec, True), backward_kv_kernel(spec, True, True)]
-        kernels += [backward_pairs_kernel(spec, slot) for slot in slots_by_kernel(spec, [True] * len(spec.captures))[2]]
-        for kernel in kernels:
-            aligned = [
-                one for one, kind in kernel.signature if kind.startswith("*") or one.endswith(("_b", "_h", "_s"))
-            ]
-            yield Shipped(f"{kernel.name} {name}", kernel, configs(kernel.name, spec, card), tuple(aligned))
-
-
-def _representatives() -> Iterator[tuple[str, AttentionKernelSpec]]:
-    for dtype, sizes in (("bf16", (64, 80, 96, 128, 256)), ("fp16", (128,)), ("fp32", (64, 128))):
-        for size in sizes:
-            yield f"{dtype} {size} causal", AttentionKernelSpec(dtype, size, size, size**-0.5, upper=0)
-    bf16 = functools.partial(AttentionKernelSpec, "bf16", 128, 128, 128**-0.5)
-    yield "bf16 128 documents", bf16(intervals=True)
-    yield "bf16 128 window sink", bf16(lower=-127, upper=0, sink="bf16")
-    yield "bf16 128 dropout", bf16(upper=0, dropout=0.1)
-    s, h, q, k = (variable(name) for name in "shqk")
-    capped = apply("mul", apply("tanh", apply("div", s, constant(50.0))), constant(50.0))
-    yield "bf16 128 softcap", bf16(upper=0, program=str(Program(capped)))
-    biased = apply("add", s, load(0, (constant(0), h, q, k), "float"))
-    yield (
-        "bf16 64 learned bias",
-        AttentionKernelSpec("bf16", 64, 64, 1.0, program=str(Program(biased)), captures=("*bf16",)),
     )
 
 

@@ -6,7 +6,7 @@ from fxopt.kernels.attention_spec import AttentionKernelSpec, parts_of
 from fxopt.kernels.cards import Card
 from fxopt.kernels.configs import Config
 
-__all__ = ["GRAIN", "configs", "grain_of", "row_config"]
+__all__ = ["GRAIN", "configs", "grain_of", "row_config", "tiles_config"]
 
 GRAIN = 128
 """Rows and columns of the largest tile, which squares of `fxopt::query_tiles` must be multiples of."""
@@ -19,9 +19,21 @@ def grain_of(card: Card) -> int:
     return GRAIN if card.arch else 32
 
 
-def row_config(card: Card) -> Config:
-    """For kernels that go over rows of out once."""
-    return Config((("BLOCK_Q", 64 if card.arch else 16),), num_warps=4, num_stages=1)
+def row_config(width: int, card: Card) -> Config:
+    """For the kernel that goes over rows of out and its gradient once, entries `width` a row.
+
+    With 4096 entries of each a thread has 32 of both in flight; with 8192 it took 250 registers.
+    """
+    if not card.arch:
+        return Config((("BLOCK_Q", 16),), num_warps=4, num_stages=1)
+    whole = sum(length for _, length, _ in parts_of(width))
+    rows = next(size for size in (128, 64, 32, 16) if size * whole <= 4096 or size == 16)
+    return Config((("BLOCK_Q", rows),), num_warps=4, num_stages=1)
+
+
+def tiles_config(grain: int) -> Config:
+    """For the kernel of `fxopt::query_tiles`."""
+    return Config((("GRAIN", grain),), num_warps=4, num_stages=2)
 
 
 def configs(kernel: str, spec: AttentionKernelSpec, card: Card) -> tuple[Config, ...]:
@@ -69,7 +81,7 @@ _DEFAULTS = {
         ("half", 64): ((128, 64, 8, 2),) * 3,
         ("half", 96): ((128, 64, 8, 3),) * 3,
         ("half", 128): ((64, 64, 8, 2), (64, 64, 4, 3), (128, 64, 8, 3)),
-        ("half", 256): ((32, 32, 4, 2), (64, 32, 8, 3), (64, 32, 4, 2)),
+        ("half", 256): ((32, 32, 4, 2), (64, 32, 8, 3), (64, 32, 8, 3)),
         ("fp32", 64): ((32, 32, 4, 2),) * 3,
         ("fp32", 256): ((16, 16, 4, 1),) * 3,
     }),

@@ -12,7 +12,7 @@ from fxopt.kernels.source import Kernel
 __all__ = ["FAMILIES", "Shipped", "catalog"]
 
 FAMILIES = ("attention", "norm", "linear_cross_entropy")
-"""Modules of this package with a function ``shipped(card)``."""
+"""Each has a module of this package with a function ``shipped(card)``."""
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,8 @@ class Shipped:
 
 def catalog(card: Card, families: Sequence[str] = FAMILIES) -> Iterator[Shipped]:
     """What is shipped for `card`. Families import this module, and so are imported here only when asked for."""
-    from fxopt.kernels import attention, linear_cross_entropy, norm
+    from fxopt.kernels import attention_shipped, linear_cross_entropy, norm
 
-    modules = {"attention": attention, "norm": norm, "linear_cross_entropy": linear_cross_entropy}
+    modules = {"attention": attention_shipped, "norm": norm, "linear_cross_entropy": linear_cross_entropy}
     for family in families:
         yield from modules[family].shipped(card)

@@ -70,7 +70,7 @@ class _Launcher:
     def __call__(self, kernel: Kernel, tiles: str, across: int, **more: Any) -> None:
         """Launch `kernel`, a program for each tile of rows ("q"), columns ("k") or both, of each of `across` slices."""
         if kernel.tiles == ("BLOCK_Q",):
-            config = row_config(self.card)
+            config = row_config(self.spec.width, self.card)
         else:
             config = config_for(kernel, configs(kernel.name, self.spec, self.card), self.card)
         blocks = across

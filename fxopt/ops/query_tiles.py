@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fxopt.kernels.attention import query_tiles_kernel
-from fxopt.kernels.configs import Config
+from fxopt.kernels.attention_configs import tiles_config
 from fxopt.ops.launch import count_blocks, launch, operator, runs_triton, uninitialized
 from fxopt.ops.registry import OpMemory
 
@@ -30,7 +30,7 @@ def query_tiles(intervals: Tensor, keys: int, grain: int, spreads: bool) -> Tens
     rows, queries = intervals.shape[:2]
     tiles = uninitialized((rows, count_blocks(keys, grain), 4), torch.int32, intervals)
     arguments = {"Intervals": intervals, "Tiles": tiles, "queries": queries, "keys": keys}
-    launch(query_tiles_kernel(spreads), rows * tiles.shape[1], arguments, Config((("GRAIN", grain),), 4, 2))
+    launch(query_tiles_kernel(spreads), rows * tiles.shape[1], arguments, tiles_config(grain))
     return tiles
 
 

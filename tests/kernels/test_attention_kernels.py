@@ -13,8 +13,9 @@ from torch import Tensor
 from torch._functorch.compile_utils import fx_graph_cse
 
 from fxopt.compat import FakeTensorMode, make_fx
-from fxopt.kernels.attention import backward_kv_kernel, backward_q_kernel, forward_kernel, shipped
-from fxopt.kernels.attention_configs import GRAIN, configs
+from fxopt.kernels.attention import backward_kv_kernel, backward_q_kernel, forward_kernel
+from fxopt.kernels.attention_configs import GRAIN, configs, row_config
+from fxopt.kernels.attention_shipped import shipped
 from fxopt.kernels.attention_spec import AttentionKernelSpec, parts_of, unsupported
 from fxopt.kernels.cards import CARDS, Card
 from fxopt.kernels.configs import Config
@@ -81,9 +82,18 @@ def test_every_head_has_a_configuration_on_every_card(dtype: str, card: Card) ->
             assert all(GRAIN % size == 0 for config in found for _, size in config.tiles)
 
 
-def test_shipped_kernels_have_names_of_their_own() -> None:
+@pytest.mark.parametrize(("width", "rows"), [(16, 128), (64, 64), (80, 32), (128, 32), (192, 16), (256, 16)])
+def test_a_pass_over_rows_holds_no_more_of_wider_ones(width: int, rows: int) -> None:
+    assert row_config(width, CARDS[0]).tile("BLOCK_Q") == rows
+
+
+def test_shipped_kernels_have_names_of_their_own_and_every_kernel_is_among_them() -> None:
     found = [one.name for one in shipped(CARDS[0])]
     assert len(found) == len(set(found))
+    assert {one.split()[0] for one in found} == {
+        "attention_forward", "attention_delta", "attention_query_tiles",
+        *(f"attention_backward_{which}" for which in ("q", "kv", "pairs")),
+    }  # fmt: skip
 
 
 # --- launching ---------------------------------------------------------------------------------------------------

@@ -240,6 +240,15 @@ def test_a_default_of_every_kernel_fits_consumer_cards_and_spills_nothing(family
     assert faults(Row(name, job.card, job.config, True, compile_offline(job)) for name, job in jobs.items()) == []
 
 
+@pytest.mark.parametrize("arch", [90, 100])
+def test_the_widest_heads_with_a_softcap_spill_nothing_on_large_cards(arch: int) -> None:
+    """Four warps of 64 rows did: 92 bytes on sm_90."""
+    (job,) = default_jobs(
+        SM[arch], [one for one in catalog(SM[arch]) if one.name == "attention_forward bf16 256 softcap"]
+    ).values()
+    assert compile_offline(job).spill_bytes == 0
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(5400)
 @pytest.mark.parametrize("card", CARDS, ids=lambda card: card.name)
