@@ -49,7 +49,12 @@ def refused() -> list[fxopt.Refusal]:
 
 def without_inductor(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
     """fxopt's stages with AOTAutograd's eager compiler at the end: the same rewrites, no C++ to compile."""
-    report, call = pipeline.run(gm, inputs, fxopt.Options(), _aot_eager)
+    return by_aot_eager(gm, inputs, fxopt.Options())
+
+
+def by_aot_eager(gm: fx.GraphModule, inputs: Sequence[Any], options: fxopt.Options) -> Callable[..., Any]:
+    """The same under `options`."""
+    report, call = pipeline.run(gm, inputs, options, _aot_eager)
     pipeline.record(fxopt.Report([report]))
     return call
 

@@ -169,7 +169,7 @@ def packed(batch: int, seq: int) -> torch.Tensor:
 
 
 def _causal(model: PreTrainedModel, mask: Mask, batch: int, seq: int) -> Inputs:
-    ids = tokens(batch, seq)
+    ids = tokens(batch, seq, model.config.vocab_size)
     if mask == "none":
         return {"input_ids": ids, "labels": ids.clone()}
     if mask == "packed":
@@ -187,7 +187,7 @@ def _masked(model: PreTrainedModel, mask: Mask, batch: int, seq: int) -> Inputs:
 
 def _seq2seq(model: PreTrainedModel, mask: Mask, batch: int, seq: int) -> Inputs:
     inputs = _causal(model, mask, batch, seq)
-    labels = tokens(batch, seq - 4)
+    labels = tokens(batch, seq - 4, model.config.vocab_size)
     labels[-1, -3:] = IGNORED
     return {**inputs, "labels": labels}
 
