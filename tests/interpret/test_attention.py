@@ -33,8 +33,8 @@ def interpreted(one: Case) -> Case:
     return one
 
 
-@settings(max_examples=6)  # 3 s each
-@given(drawn=cases(dtypes=(F32, BF16, F16)))
+@settings(max_examples=20)  # 1 s each
+@given(drawn=cases(dtypes=(F32, BF16, F16), small=True))
 def test_equals_attention_written_out(drawn: Case) -> None:
     interpreted(drawn).check()
 
@@ -138,6 +138,29 @@ def test_rows_without_keys_poison_where_softmax_would(dropout: float) -> None:
 def test_heads_that_are_no_power_of_two(width: int) -> None:
     interpreted(case(1, 2, 1, 20, width=width, value_width=17, upper=0)).check()
     assert sum(length for _, length, _ in parts_of(width)) < 2 * max(width, 16)
+
+
+SHAPES: dict[str, tuple[str, str, dict[str, int]]] = {
+    # name: (mask, program, sizes other than 1 x 2 heads x 24 positions x 16)
+    "cross attention": ("none", "identity", {"keys": 45, "key_heads": 1}),
+    "cross attention, more queries than keys": ("lengths", "bias", {"queries": 40, "keys": 19}),
+    "cross attention, causal at the right end": ("right", "softcap", {"keys": 45}),
+    "odd heads": ("causal", "softcap", {"width": 33, "value_width": 7}),
+    "values wider than keys": ("documents", "identity", {"width": 8, "value_width": 50}),
+    "values narrower than keys": ("window", "alibi", {"width": 48, "value_width": 32}),
+    "a bias of grouped heads": ("causal", "bias", {"heads": 4, "batch": 2}),
+    "a bias of grouped heads, cross": ("rows", "bias", {"heads": 4, "keys": 45}),
+    "buckets of grouped heads, odd": ("causal", "buckets", {"heads": 4, "key_heads": 2, "width": 20}),
+}
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("name", SHAPES)
+def test_every_shape(name: str, dtype: torch.dtype) -> None:
+    mask, program, changes = SHAPES[name]
+    usual = {"batch": 1, "heads": 2, "key_heads": 1, "queries": 24, "keys": 24, "width": 16}
+    one = masked(mask, dtype=dtype, **usual | changes)
+    interpreted(one if one.captures else with_program(one, program)).check()
 
 
 @pytest.mark.parametrize("name", ["none", "documents"])
