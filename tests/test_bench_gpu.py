@@ -7,14 +7,24 @@ import json
 import os
 import subprocess
 import sys
+import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from gpu import kernels, step, turns
+from gpu.ahead import Ahead
+from gpu.batch import batches, held_by, seconds
 from gpu.check import Check, items
-from gpu.item import Settings
+from gpu.item import Answer, Item, Settings
 from gpu.norm_problem import NormProblem
 from gpu.problem import Outputs, Tensors
+from gpu.room import Room
+from gpu.session import SHARES
+from gpu.step import Gate
 from gpu.store import Store
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -51,6 +61,128 @@ def test_a_wrong_result_is_reported(wrong: bool, monkeypatch: pytest.MonkeyPatch
     answer = Check(item, INTERPRETED).prepare()
     assert answer["ok"] is not wrong
     assert bool(answer["problems"]) is wrong
+
+
+# --- what is compiled ahead --------------------------------------------------------------------------------------
+
+
+def test_who_measures_is_alone_on_the_card_and_who_prepares_is_not() -> None:
+    found: list[str] = []
+
+    def prepare() -> None:
+        with turns.beside_others():
+            found.append("prepared")
+
+    with turns.among_workers():
+        with turns.beside_others():
+            prepare()
+        with turns.alone():
+            other = threading.Thread(target=prepare)
+            other.start()
+            other.join(0.3)
+            assert found == ["prepared"]
+        other.join(10)
+    assert found == ["prepared"] * 2
+
+
+def test_a_step_waits_between_being_compiled_and_running() -> None:
+    gate, found = Gate(), list[str]()
+
+    def step_of_a_model() -> int:
+        found.append("compiled")
+        gate.wait()
+        found.append("ran")
+        return 7
+
+    gate.start(step_of_a_model)
+    assert found == ["compiled"]
+    assert gate.finish() == 7
+    assert found == ["compiled", "ran"]
+    with pytest.raises(ZeroDivisionError):
+        Gate().start(lambda: 1 // 0)
+
+
+class FakeProcess:
+    """Compiles until it is told to go on, or killed."""
+
+    def __init__(self) -> None:
+        self.goes_on, self.ended = threading.Event(), False
+
+    def ask(self, command: str, item: Item, timeout: float) -> Answer:
+        assert command == "compile"
+        assert self.goes_on.wait(timeout)
+        return {"of": item.name}
+
+    def kill(self) -> None:
+        self.goes_on.set()
+
+    def end(self) -> None:
+        self.ended = True
+
+
+class FakeProcesses:
+    """Makes them."""
+
+    def __init__(self) -> None:
+        self.made: list[FakeProcess] = []
+
+    def take(self, fresh: bool) -> FakeProcess:
+        self.made.append(FakeProcess())
+        return self.made[-1]
+
+
+def until(holds: Callable[[], bool]) -> None:
+    """Wait for another thread."""
+    end = time.monotonic() + 10
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def test_as_many_are_compiled_ahead_as_memory_allows_and_the_rest_is_left_to_who_asks() -> None:
+    first, second, third, large = (
+        Item("step", name, seconds=9.0, ahead_gib=gib) for name, gib in (("1", 2.0), ("2", 2.0), ("3", 1.0), ("4", 6.0))
+    )
+    processes: Any = FakeProcesses()
+    ahead = Ahead(processes, [large, first, second, third], Room(4.5), 3, lambda item: 10.0)
+    until(lambda: len(processes.made) == 2)
+    assert ahead.seconds_left(first) > 5
+    assert ahead.seconds_left(third) == 9
+    assert ahead.take(large) is None, "it does not fit"
+    processes.made[0].goes_on.set()
+    begun = ahead.take(first)
+    assert begun is not None
+    assert begun[1] == {"of": "1"}
+    assert ahead.take(third) is None, "it waits for memory, and nobody waits for it"
+    ahead.release(first)
+    time.sleep(0.1)
+    ahead.close()
+    assert len(processes.made) == 2
+    assert [one.ended for one in processes.made] == [False, True], "the first belongs to who took it"
+
+
+def test_estimates_of_a_first_run_are_what_the_documentation_says() -> None:
+    """16 cores, 80 GB: docs/gpu.md."""
+    cores, gib, settings = 16, 76.0, Settings()
+    checks, timed, trained = items(settings, 320), kernels.items(settings), step.items(settings)
+    main = max(held_by(batch) for batch in batches(trained, gib, cores))
+    assert max(one.gib for one in timed) < main < gib - held_ahead(trained[:11]), "three cases begin at once"
+    of_checks = sum(one.seconds for one in checks) / cores
+    assert 0.6 < 60 * SHARES["check"] / of_checks < 1
+    of_kernels = sum(seconds(batch, main, cores) for batch in batches(timed, main, cores))
+    assert of_kernels < 60 * SHARES["kernels"]
+    assert sum(SHARES[phase] for phase in ("check", "kernels", "step")) == pytest.approx(9)
+    measuring = [seconds(batch, main, cores, lambda item: 0.0) for batch in batches(trained, main, cores)]
+    assert sum(measuring) < 60 * SHARES["step"] + 60, "were all compiled, one case of the eight would be left"
+    assert max(one.seconds for one in trained) < of_kernels, "what begins with `kernels` is compiled when that is done"
+
+
+def held_ahead(group: list[Item]) -> float:
+    """GiB."""
+    return sum(one.ahead_gib for one in group)
+
+
+# --- the command -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -11,38 +10,20 @@ from typing import Any
 
 from measure import alternate
 
+from gpu.ahead import Ahead
 from gpu.item import Answer, Item
 from gpu.process import Process, Processes
+from gpu.room import Room
 
 Record = dict[str, Any]
 """{"prepared": Answer, "samples": [Answer, ...], "seconds": ...}, or {"error": why, "seconds": ...}."""
-
-
-class Room:
-    """Memory of the card, of which every item takes a part while it needs it."""
-
-    def __init__(self, gib: float) -> None:
-        self.gib, self._used, self._changed = gib, 0.0, threading.Condition()
-
-    def take(self, gib: float) -> None:
-        """Wait until there is as much, or nobody else."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._used == 0 or self._used + gib <= self.gib)
-            self._used += gib
-
-    def give(self, gib: float) -> None:
-        """Back."""
-        with self._changed:
-            self._used = max(0.0, self._used - gib)
-            self._changed.notify_all()
 
 
 def batches(items: Sequence[Item], room: float, most: int) -> Iterator[list[Item]]:
     """Cut a list of items to be measured: those of a batch are held together, while one of them is measured."""
     batch: list[Item] = []
     for item in items:
-        held = sum(one.rest_gib for one in batch) + max((one.gib for one in [*batch, item]), default=0.0)
-        if batch and (held > room or len(batch) == most or item.group != batch[0].group):
+        if batch and (held_by([*batch, item]) > room or len(batch) == most or item.group != batch[0].group):
             yield batch
             batch = []
         batch.append(item)
@@ -50,22 +31,34 @@ def batches(items: Sequence[Item], room: float, most: int) -> Iterator[list[Item
         yield batch
 
 
-def seconds(batch: Sequence[Item], room: float, jobs: int) -> float:
-    """What a batch takes, by the items' estimates: the longest, or as long as workers or memory are full."""
+def held_by(batch: Sequence[Item]) -> float:
+    """GiB of a batch: what all of it holds between turns, and what the largest takes more when it is at work."""
+    return sum(one.rest_gib for one in batch) + max(one.gib - one.rest_gib for one in batch)
+
+
+def seconds(batch: Sequence[Item], room: float, jobs: int, left: Callable[[Item], float] | None = None) -> float:
+    """What a batch takes, by the items' estimates: the longest, or as long as workers or memory are full.
+
+    left: of items that are compiled ahead, what that still takes.
+    """
+    measuring = sum(one.turns * one.turn_seconds for one in batch)
+    if batch[0].ahead_gib:
+        preparing = max(one.seconds if left is None else left(one) for one in batch)
+        return preparing + sum(one.turn_seconds for one in batch) + measuring
     by_workers = sum(one.seconds for one in batch) / jobs
     by_memory = sum(one.seconds * one.gib for one in batch) / room
-    preparing = max(by_workers, by_memory, *(one.seconds for one in batch))
-    return preparing + sum(one.turns * one.turn_seconds for one in batch)
+    return max(by_workers, by_memory, *(one.seconds for one in batch)) + measuring
 
 
 @dataclass
 class Runner:
-    """What batches are run with. left: seconds until the end of the run."""
+    """What batches are run with. left: seconds until the end of the run. ahead: items that were begun before."""
 
     processes: Processes
     room: Room
     jobs: int
     left: Callable[[], float]
+    ahead: Ahead | None = None
 
     def unmeasured(
         self, items: Sequence[Item], fits: Callable[[Item], bool], done: Callable[[Item, Record], None]
@@ -92,7 +85,7 @@ class Runner:
             for item in map(items.__getitem__, alternate(list(items), turn)):
                 process, answer = prepared[item.name]
                 if process.alive and "error" not in answer and turn < item.turns:
-                    sample = process.ask("measure", turn, self._patience(item))
+                    sample = process.ask("measure", turn, self.patience(item))
                     samples[item.name].append(sample)
                     answer |= {"error": sample["error"]} if "error" in sample else {}
         for item in batch:
@@ -108,9 +101,18 @@ class Runner:
 
     def _prepared(self, item: Item) -> tuple[Process, Answer]:
         self.room.take(item.gib)
-        process, start = self.processes.take(item.fresh), time.monotonic()
-        answer = process.ask("prepare", item, self._patience(item))
+        start = time.monotonic()
+        process, answer = self._begun(item)
+        if "error" not in answer:
+            answer = process.ask("prepare", item, self.patience(item))
+        if self.ahead:
+            self.ahead.release(item)
         return process, answer | {"seconds": round(time.monotonic() - start, 1)}
+
+    def _begun(self, item: Item) -> tuple[Process, Answer]:
+        """The process that compiled it ahead, or any that is free."""
+        begun = self.ahead.take(item) if self.ahead else None
+        return begun or (self.processes.take(item.fresh), {})
 
     def _let_go(self, item: Item, process: Process, gib: float) -> None:
         if process.alive and not item.fresh:
@@ -118,7 +120,8 @@ class Runner:
         self.processes.give(process, item.fresh)
         self.room.give(gib)
 
-    def _patience(self, item: Item) -> float:
+    def patience(self, item: Item) -> float:
+        """Seconds after which an item is given up: it hangs, or the run is over."""
         return max(1.0, min(item.timeout, self.left()))
 
 

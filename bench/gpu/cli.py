@@ -14,10 +14,12 @@ from measure import ROOT
 from rich.console import Console
 
 from gpu import run as script
-from gpu.batch import Room, Runner
+from gpu import turns
+from gpu.batch import Runner
 from gpu.card import NoGpu, describe, slug
 from gpu.item import Item, Settings
 from gpu.process import Processes
+from gpu.room import Room
 from gpu.session import SHARES, Clock, Session
 from gpu.store import Store
 
@@ -73,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console.print(", ".join(f"{name} {value}" for name, value in machine.items()), highlight=False, soft_wrap=True)
     store = store_for(options, machine)
     phases = {phase: chosen(phase, options, settings, store) for phase in options.phase}
-    with Processes(settings) as processes:
+    with turns.among_workers(), Processes(settings) as processes:
         room = Room(max(1.0, machine["gib"] - CONTEXT_GIB))
         said = functools.partial(console.print, highlight=False, soft_wrap=True, markup=False)
         session = Session(Runner(processes, room, options.jobs, clock.left), store, clock, said)
@@ -85,7 +87,7 @@ def set_environment(settings: Settings, jobs: int) -> None:
     """For the workers, which read it when they import triton and torch."""
     cores = len(os.sched_getaffinity(0))
     os.environ["HF_HUB_OFFLINE"] = "1"
-    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = str(max(1, cores // 4))
+    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = str(max(1, cores // 8))  # of many processes that compile at once
     os.environ["PYTHONPATH"] = os.pathsep.join([*script.PATHS, *filter(None, [os.environ.get("PYTHONPATH")])])
     if settings.interpret:
         os.environ |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "FXOPT_CACHE": str(DRY / "cache")}

@@ -35,7 +35,7 @@ class Settings:
 
     @property
     def compiler(self) -> str:
-        """The backend of contenders called "inductor" in the phase `kernels`: a dry run need not wait for g++."""
+        """The backend of contenders called "inductor": a dry run need not wait for g++."""
         return "aot_eager" if self.interpret else "inductor"
 
 
@@ -45,7 +45,9 @@ class Item:
 
     name: unique in its phase. spec: for the job. seconds, gib: what preparing it takes at most, with others beside it.
     turns: how often it is then measured, alone on the card, `turn_seconds` each; `rest_gib` is held in between. group:
-    items of a group are measured in turn, others in any order. fresh: in a process of its own.
+    items of a group are measured in turn, others in any order. fresh: in a process of its own, whose job sees by itself
+    whether it is alone on the card. ahead_gib: what it holds once it is compiled, if that can be done before its turn:
+    then `seconds` are those of compiling, and preparing takes as long as a turn.
     """
 
     phase: str
@@ -58,6 +60,7 @@ class Item:
     rest_gib: float = 1.0
     group: str = ""
     fresh: bool = False
+    ahead_gib: float = 0.0
 
     @property
     def timeout(self) -> float:
@@ -73,3 +76,10 @@ class Job(Protocol):
 
     def measure(self, turn: int) -> Answer:
         """Times, alone on the card."""
+
+
+class Compiles(Job, Protocol):
+    """A job of items with `ahead_gib`."""
+
+    def compile(self) -> Answer:
+        """What of `prepare` needs no more than that of the card's memory."""

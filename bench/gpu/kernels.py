@@ -24,6 +24,13 @@ TURNS = 2
 UNCOMPILED = "fxopt, uncompiled"
 """Our operator called by itself; timed only where it does not compile."""
 
+ESTIMATES = {"attention": (30.0, 2.0), "norm": (15.0, 1.0), "loss": (30.0, 2.5)}
+"""Seconds of preparing all contenders, and of a turn."""
+
+SCORE_BYTES = 3
+"""Held at once of every score or logit while contenders are prepared, at times 14 by the most wasteful one: two of
+those that meet may find no memory, and are tried again when they are alone."""
+
 ALIKE = 0.05
 """Relative difference of results and gradients in bf16 above which two contenders do not compute the same."""
 
@@ -46,9 +53,9 @@ def items(settings: Settings) -> list[Item]:
 
 def _item(family: str, name: str, case: Any, settings: Settings) -> Item:
     case = shrunk(case) if settings.tiny else case
-    spec = {"family": family, "case": dataclasses.asdict(case)}
+    spec, (seconds, turn_seconds) = {"family": family, "case": dataclasses.asdict(case)}, ESTIMATES[family]
     return Item(
-        "kernels", f"{family}: {name}", spec, seconds=30, gib=gib_of(case), turns=TURNS, turn_seconds=2,
+        "kernels", f"{family}: {name}", spec, seconds=seconds, gib=gib_of(case), turns=TURNS, turn_seconds=turn_seconds,
         rest_gib=gib_of(case, held=True),
     )  # fmt: skip
 
@@ -86,7 +93,7 @@ def gib_of(case: Any, held: bool = False) -> float:
         tensors, scores = 4 * case.rows * case.width, 4 * case.rows * case.width
     else:
         tensors, scores = 2 * case.classes * case.width, case.rows * case.classes
-    return 1.0 + (4 * tensors + (0 if held else 14 * scores)) / 2**30
+    return 1.0 + (4 * tensors + (0 if held else SCORE_BYTES * scores)) / 2**30
 
 
 class Kernels:

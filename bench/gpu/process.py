@@ -55,6 +55,10 @@ class Process:
         self.alive = False
         self._here.close()
 
+    def kill(self) -> None:
+        """End it now; who waits for its answer gets an error."""
+        self._process.kill()
+
     def end(self, patience: float = 0.0) -> None:
         """Close, wait for so many seconds, and kill it if it is still there."""
         self.close()

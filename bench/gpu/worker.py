@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import traceback
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from fxopt.errors import brief
 from fxopt.metering import release
-from gpu.item import Answer, Item, Job, Settings
+from gpu import turns
+from gpu.item import Answer, Compiles, Item, Job, Settings
 
 JOBS = {
     "check": "gpu.check:Check",
@@ -24,7 +26,7 @@ JOBS = {
 
 
 def serve(connection: Connection, settings: Settings, log: str) -> None:
-    """Answer ("prepare", item), ("measure", turn) and ("drop", None) until the connection closes.
+    """Answer ("compile", item), ("prepare", item), ("measure", turn) and ("drop", None) until the connection closes.
 
     An answer with "error" in it says that the command failed; after one with "lost" the process ends, since its CUDA
     context is of no more use. Whatever is printed goes to the file `log`.
@@ -52,6 +54,7 @@ class Bench:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.job: Job | None = None
+        self.compiled = False
 
     def answer(self, command: str, argument: Any) -> Answer:
         """Do what is asked; errors are answers."""
@@ -66,14 +69,22 @@ class Bench:
 
     def _do(self, command: str, argument: Any) -> Answer:
         if command == "measure" and self.job is not None:
-            return self.job.measure(argument)
-        self.job = None
+            with turns.alone():
+                return self.job.measure(argument)
+        if command == "prepare" and self.job is not None and self.compiled:
+            self.compiled = False
+            return self.job.prepare()
+        self.job, self.compiled = None, False
         torch.compiler.reset()  # else equal functions of many items meet Dynamo's recompile limit
         release()
-        if command != "prepare":
+        if command not in ("compile", "prepare"):
             return {}
-        self.job = job_of(argument, self.settings)
-        return self.job.prepare()
+        with contextlib.nullcontext() if argument.fresh else turns.beside_others():
+            self.job = job = job_of(argument, self.settings)
+            if command == "prepare":
+                return job.prepare()
+        self.compiled = True
+        return cast(Compiles, job).compile()
 
     def _synchronize(self) -> None:
         if self.settings.device == "cuda":
