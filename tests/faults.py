@@ -73,6 +73,10 @@ FAULTS: tuple[Fault, ...] = (
     Fault(
         "triton/torch skew", "offline compilation needs Triton's own ptxas; private modules of torch are in one file"
     ),
+    Fault(
+        "a kernel that does not compile for the card",
+        "its sites are reverted with one warning that names its source; in the middle of a step ATen computes instead",
+    ),
     Fault("NaN/Inf inputs and GradScaler", "NaN stays in its row; scaled steps skip an overflow as eager's do"),
 )
 

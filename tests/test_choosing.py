@@ -194,6 +194,7 @@ def test_ours_that_fails_is_left_to_inductor():
     assert "fxopt failed (KeyError: 'fxopt')" in refusal.reasons[0]
 
 
+@pytest.mark.fault("a kernel that does not compile for the card")
 def test_a_kernel_of_ours_that_does_not_compile_is_warned_of_and_forgotten(tmp_path, monkeypatch):
     """What failed once, with a disk full say, is tried again by the next process."""
     wrong = {("swish", "mul"): KernelError(COPY, "PTXASError: no")}

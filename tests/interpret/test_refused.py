@@ -42,6 +42,7 @@ def given() -> tuple[Tensor, Tensor]:
     return torch.randn(1, 2, 40, 16, requires_grad=True), torch.ones(16, requires_grad=True)
 
 
+@pytest.mark.fault("a kernel that does not compile for the card")
 def test_sites_whose_kernels_do_not_compile_are_reverted_and_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
     def outcomes(jobs: Sequence[Job], processes: int) -> dict[Job, Resources | str]:
         """Everything compiles but attention's forward."""
@@ -95,6 +96,7 @@ def test_a_failure_that_no_kernel_explains_reverts_the_graph(monkeypatch: pytest
     torch.testing.assert_close(out, model(x, weight))
 
 
+@pytest.mark.fault("a kernel that does not compile for the card")
 @pytest.mark.parametrize(
     ("module", "kernel", "options"),
     [
