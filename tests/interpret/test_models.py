@@ -17,11 +17,11 @@ from fxopt.testing import assert_close_to_fp64
 pytestmark = pytest.mark.filterwarnings("error::fxopt.FxoptWarning")
 
 INTERPRET = {"kernels": "interpret"}
-TWO_HEADS = {"num_hidden_layers": 1, "num_attention_heads": 2}
+TWO_HEADS = {"num_hidden_layers": 1, "num_attention_heads": 2, "hidden_size": 32}
 GROUPED = {**TWO_HEADS, "num_key_value_heads": 1}
 SMALL: dict[str, dict[str, Any]] = {
     "llama": GROUPED, "gemma2": GROUPED, "gpt_oss": {**GROUPED, "num_local_experts": 3}, "bert": TWO_HEADS,
-    "t5": {"num_layers": 1, "num_decoder_layers": 1, "num_heads": 2},
+    "t5": {"num_layers": 1, "num_decoder_layers": 1, "num_heads": 2, "d_model": 32},
 }  # fmt: skip
 """One layer, and few tiles: each takes the interpreter about as long, however little is in it."""
 
