@@ -8,70 +8,27 @@ import models
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import original
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, fx, nn
+from mixed import BF16, FP16, FP32, LOW, Stages, apply, autocast, calls, casts_to_bf16, dtypes_in, dtypes_of, run
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 import fxopt
 from fxopt import OptionError, Options, compat
-from fxopt import backend as pipeline
-from fxopt.capture import capture, trace
+from fxopt.capture import trace
 from fxopt.fake import bound_arguments, value_of
 from fxopt.passes import precision
 from fxopt.precision import support
-from fxopt.precision.casts import MARK, Cast
+from fxopt.precision.calls import class_of_call
+from fxopt.precision.casts import MARK
 from fxopt.precision.policy import LOW_ARGUMENTS, Policy, matches, operator_name
-from fxopt.report import GraphReport, Report
+from fxopt.report import Report
 from fxopt.rewrite import submodules
 from fxopt.testing import compare, step, truth
 
 pytestmark = pytest.mark.filterwarnings("error::fxopt.FxoptWarning")
 aten = torch.ops.aten
-BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-LOW = (BF16, FP16)
-
-
-class Stages:
-    """A backend: fxopt's stages, then AOTAutograd without Inductor. Keeps reports and the graphs that are compiled."""
-
-    def __init__(self, given: Any = "bf16", **more: Any) -> None:
-        self.options = Options.parse({"precision": given, **more})
-        self.reports: list[GraphReport] = []
-        self.graphs: list[fx.GraphModule] = []
-
-    def __call__(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        def compiler(graph: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-            self.graphs.append(graph)
-            return original(graph, inputs)
-
-        report, call = pipeline.run(gm, inputs, self.options, compiler)
-        self.reports.append(report)
-        return call
-
-    @property
-    def report(self) -> Report:
-        return Report(self.reports)
-
-    def nodes(self, *targets: Any) -> list[fx.Node]:
-        """The nodes of all graphs, bodies included, that call one of `targets`."""
-        graphs = [one.graph for graph in self.graphs for one in submodules(graph)]
-        return [node for graph in graphs for node in graph.nodes if node.target in targets]
-
-
-def autocast() -> Any:
-    return torch.autocast("cpu", BF16)
-
-
-def run(function: Any, *inputs: Any, given: Any = "bf16", **named: Any) -> tuple[Any, Stages]:
-    """What `function`, compiled by `Stages`, returns, and the stages."""
-    stages = Stages(given)
-    return torch.compile(function, backend=stages)(*inputs, **named), stages
-
-
-def dtypes_in(node: fx.Node) -> list[torch.dtype]:
-    return [value_of(one).dtype for one in node.all_input_nodes if isinstance(value_of(one), Tensor)]
 
 
 # --- models ------------------------------------------------------------------------------------------------------
@@ -356,20 +313,6 @@ def test_patterns() -> None:
 # --- where casts stand -------------------------------------------------------------------------------------------
 
 
-def apply(function: Callable[..., Any], given: Any = "bf16", **inputs: Any) -> precision.Precision:
-    policy = Policy.parse(given)
-    assert policy is not None
-    return precision.apply(trace(function, inputs), policy)
-
-
-def casts_to_bf16(found: precision.Precision) -> list[Cast]:
-    return [cast for cast in precision.casts_in(found.module) if cast.after == "bfloat16"]
-
-
-def calls(found: precision.Precision) -> list[str]:
-    return [str(node.target) for node in found.module.graph.nodes if node.op == "call_function"]
-
-
 def test_a_cast_goes_above_what_repeats_a_tensor() -> None:
     def repeated(x: Tensor, w: Tensor) -> Tensor:
         return x[:, None].expand(-1, 4, -1).reshape(-1, 8) @ w
@@ -644,22 +587,6 @@ def test_a_checkpointed_body_that_writes_to_what_it_is_given() -> None:
         assert relative(mine, right) < 2**-5
 
 
-def dtypes_of(function: Callable[..., Any], target: Any, *inputs: Tensor) -> list[torch.dtype]:
-    """Of what `target` gives, in all bodies of `function` with a residual stream of 16 bits."""
-    found: list[torch.dtype] = []
-
-    def look(gm: fx.GraphModule, _: Any) -> Any:
-        policy = Policy.parse({"compute": "bf16", "residual": "bf16"})
-        assert policy is not None
-        made = precision.apply(capture(gm).module, policy).module
-        nodes = [node for module in submodules(made) for node in module.graph.nodes]
-        found.extend(value_of(node).dtype for node in nodes if node.target is target)
-        return gm.forward
-
-    torch.compile(function, backend=look)(*inputs)
-    return found
-
-
 def test_a_body_knows_what_it_is_given_and_its_caller_what_it_returns() -> None:
     """Whole numbers, and what is made of products: else positions would be rounded in a checkpoint."""
 
@@ -897,6 +824,7 @@ def test_the_report_says_why_and_how_much() -> None:
 
 # --- laws --------------------------------------------------------------------------------------------------------
 
+_FIRST, _ROWS = torch.zeros(2, dtype=torch.int64), torch.zeros(2, 5, 8, dtype=torch.int64)
 _STEPS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "linear": lambda x, y, w: F.linear(x, w),
     "matmul": lambda x, y, w: x @ w.t(),
@@ -923,6 +851,8 @@ _STEPS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "float": lambda x, y, w: torch.sigmoid((x @ y.mT @ y / 8).to(torch.promote_types(x.dtype, torch.float32))).to(
         x.dtype
     ),
+    "put": lambda x, y, w: x.index_put((_FIRST,), y.to(x.dtype), accumulate=True) / 2,
+    "added": lambda x, y, w: x + torch.scatter(x.detach(), 1, _ROWS, y.detach().to(x.dtype), reduce="add") / 8,
     "unbound": lambda x, y, w: torch.stack(x.unbind(1), 1),
 }
 
@@ -964,7 +894,7 @@ def test_law_of_dtypes(names: list[str], given_policy: Any, dtype: torch.dtype) 
     for node in found.module.graph.nodes:
         if node.op != "call_function" or not isinstance(node.target, compat.OpOverload) or node.name in kept:
             continue
-        chosen, floats = policy.class_of(node.target), [one for one in dtypes_in(node) if one.is_floating_point]
+        chosen, floats = class_of_call(policy, node), [one for one in dtypes_in(node) if one.is_floating_point]
         if chosen == "fp32" and not (node.target is aten.pow.Tensor_Scalar and node.args[1] == 3):
             assert not set(floats) & set(LOW), (node.target, floats)
         elif chosen == "low":

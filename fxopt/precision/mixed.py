@@ -18,6 +18,7 @@ from fxopt import compat
 from fxopt.effects import mutated_storages, mutates, storages_of
 from fxopt.fake import arguments, bound_arguments, value_of
 from fxopt.precision.biases import Apart, apart
+from fxopt.precision.calls import class_of_call
 from fxopt.precision.casts import MARK, Casts, dtype_name, is_float, is_made
 from fxopt.precision.held import beyond, counts, is_given, returned_views, written_in_bodies
 from fxopt.precision.policy import LOW_ARGUMENTS, Class, Policy, operator_name
@@ -111,7 +112,7 @@ class Mixed:
     def note(self, node: fx.Node) -> None:
         """What of a computed node later ones will ask; and its dtype, where other outputs are views of it."""
         new, floats = self.env[node], self.floats_of(node)
-        product = self.policy.class_of(node.target) == "low" or node.target is aten.embedding.default
+        product = class_of_call(self.policy, node) == "low" or node.target is aten.embedding.default
         if product or any(self.env[one] in self.active for one in floats):
             self.active.add(new)
         if self.is_whole(node, floats):
@@ -162,13 +163,13 @@ class Mixed:
             return None, "it must have the dtype it had"
         if not storages_of(value_of(node)).isdisjoint(self.written):
             return None, "it is written to in place"
-        chosen = self.policy.class_of(node.target)
+        chosen = class_of_call(self.policy, node)
         reason = self.why_kept(node)
         if reason:
             if chosen == "low":
                 self.keep(node, reason)
             return None if node.meta.get("autocast") is None else "fp32", reason  # what it had may be autocast's
-        if operator_name(node.target).split("::")[0] not in ("aten", "prims") and chosen == "follow":
+        if chosen is None:
             return None, "an operator of which nothing is known"
         if chosen == "low" and (why := self.why_not_low(node)):
             self.keep(node, why)
@@ -187,7 +188,7 @@ class Mixed:
         """
         if node.target is not aten.pow.Tensor_Scalar or type(arguments(node)[1]) not in (int, float):
             return False
-        summed = any(self.policy.class_of(user.target) == "fp32" for user in node.users)
+        summed = any(class_of_call(self.policy, user) == "fp32" for user in node.users)
         return self.policy.compute == torch.bfloat16 and arguments(node)[1] in (2, 3, 4) and not summed
 
     def why_kept(self, node: fx.Node) -> str:
@@ -307,7 +308,7 @@ class Mixed:
             return False
         if node.target in (aten.arange.default, aten.arange.start, aten.arange.start_step):
             return True
-        if self.policy.class_of(node.target) != "follow":
+        if class_of_call(self.policy, node) != "follow":
             return False
         if node.target is aten.to.dtype and counts(arguments(node)[0]):
             return True

@@ -50,7 +50,7 @@ _FP32 = """
     scatter_add index_add index_reduce scatter_reduce log_sigmoid
     pow exp exp2 expm1 log log2 log10 log1p rsqrt sqrt reciprocal softplus logit erfinv
     cos sin tan acos asin cosh sinh atan2
-    polar complex view_as_complex view_as_real angle igamma igammac lgamma digamma polygamma special_zeta
+    polar complex view_as_complex view_as_real angle igamma igammac lgamma digamma polygamma i0
 """
 _FOLLOW = """
     alias clone contiguous detach to type_as lift_fresh lift_fresh_copy expand expand_as view view_as reshape
@@ -119,11 +119,19 @@ class Policy:
         residual = _dtype("residual", values.get("residual", "fp32"), ("fp32", _name(compute)))
         return cls(compute, residual, _patterns(values.get("keep_fp32", ())), _overrides(values.get("ops", {})))
 
-    def class_of(self, target: Any) -> Class:
-        """The class of operator `target`, an overload; of what is no operator: "follow"."""
+    def class_of(self, target: Any) -> Class | None:
+        """The class of operator `target`, an overload; None for one of another package than torch, unless `ops` names
+        it; of what is no operator: "follow"."""
         name = operator_name(target)
-        pointwise = not name or torch.Tag.pointwise in target.tags
-        return dict(self.ops).get(name) or TABLE.get(name, "follow" if pointwise else "fp32")
+        chosen = dict(self.ops).get(name) or TABLE.get(name)
+        if chosen is not None or not name:
+            return chosen or "follow"
+        space, base = name.split("::")
+        if space not in ("aten", "prims"):
+            return None
+        if base.startswith("special_"):  # most have no kernel in 16 bits, forward or backward
+            return "fp32"
+        return "follow" if torch.Tag.pointwise in target.tags else "fp32"
 
     def as_option(self) -> dict[str, Any]:
         """What ``options={"precision": ...}`` would say, in plain values."""

@@ -1,0 +1,93 @@
+"""Mixed precision: what reviews found."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from mixed import BF16, FP32, Stages, apply, dtypes_in, run
+from torch import Tensor
+
+from fxopt.precision.calls import class_of_einsum
+
+pytestmark = pytest.mark.filterwarnings("error::fxopt.FxoptWarning")
+aten = torch.ops.aten
+
+
+# --- operators ---------------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("fxopt_tests::low_only", mutates_args=())
+def low_only(x: Tensor) -> Tensor:
+    if x.dtype != BF16:
+        raise TypeError(f"bf16 only, not {x.dtype}")
+    return x * 2
+
+
+@torch.library.custom_op("fxopt_tests::double", mutates_args=())
+def double(x: Tensor) -> Tensor:
+    return x * 2
+
+
+for operator in (low_only, double):
+    operator.register_fake(torch.empty_like)
+
+
+def test_an_operator_of_another_package_gets_the_dtype_it_asks_for() -> None:
+    function = lambda x, w: torch.ops.fxopt_tests.low_only((x @ w).bfloat16()).float()  # noqa: E731
+    x, w = torch.randn(4, 8), torch.randn(8, 8)
+    found, stages = run(function, x, w)
+    assert dtypes_in(stages.nodes(torch.ops.fxopt_tests.low_only.default)[0]) == [BF16]
+    torch.testing.assert_close(found, 2 * (x @ w), rtol=0.02, atol=0.1)
+
+
+@pytest.mark.parametrize(("chosen", "dtype"), [(None, FP32), ("follow", BF16), ("low", BF16), ("fp32", FP32)])
+def test_an_operator_of_another_package_can_be_named(chosen: str | None, dtype: torch.dtype) -> None:
+    named: dict[str, Any] = {} if chosen is None else {"ops": {"fxopt_tests.double": chosen}}
+    function = lambda x, w: torch.ops.fxopt_tests.double(x @ w)  # noqa: E731
+    found, stages = run(function, torch.randn(4, 8), torch.randn(8, 8), given={"compute": "bf16", **named})
+    assert dtypes_in(stages.nodes(torch.ops.fxopt_tests.double.default)[0]) == [dtype]
+    assert found.dtype == FP32
+
+
+@pytest.mark.parametrize(
+    ("equation", "chosen"),
+    [
+        ("ij,jk->ik", "low"), ("ij,jk", "low"), ("...ij,...jk->...ik", "low"), ("ij,ij->i", "low"), ("b i j, b j k", "low"),
+        ("...,...->", "low"), ("ij->", "fp32"), ("ij->j", "fp32"), ("ii", "fp32"), ("ij,kl->il", "fp32"), ("...i->i", "fp32"),
+        ("i,j->ij", "follow"), ("ij,ij->ij", "follow"), ("ij->ji", "follow"), ("ii->i", "follow"), ("...i,...i->...i", "follow"),
+    ],
+)  # fmt: skip
+def test_an_einsum_is_a_product_where_operands_share_a_summed_index(equation: str, chosen: str) -> None:
+    assert class_of_einsum(equation) == chosen
+
+
+def test_an_einsum_that_sums_is_not_rounded() -> None:
+    assert run(lambda x: torch.einsum("ij->", x), x := torch.rand(64, 64))[0] == x.sum()
+
+
+@pytest.mark.parametrize("name", ["put", "scatter", "number"])
+def test_sums_by_index_are_in_fp32(name: str) -> None:
+    at = torch.zeros(512, dtype=torch.int64)
+    rows = at[:, None].expand(-1, 4)
+
+    def summed(x: Tensor, w: Tensor) -> Tensor:
+        y = x @ w
+        if name == "put":
+            return y[:4].index_put((at,), y, accumulate=True)
+        return torch.scatter(y[:4], 0, rows, y if name == "scatter" else 1.0, reduce="add")  # type: ignore[call-overload, no-any-return]
+
+    x, w = torch.rand(512, 16), torch.rand(16, 4)
+    with torch.no_grad():
+        found, stages = run(summed, x, w)
+    nodes = stages.nodes(aten.index_put.default, aten.scatter.reduce, aten.scatter.value_reduce)
+    assert [{one for one in dtypes_in(node) if one.is_floating_point} for node in nodes] == [{FP32}]
+    torch.testing.assert_close(found, summed(x, w), rtol=0.01, atol=0.05)
+
+
+@pytest.mark.parametrize("function", [torch.special.i1, torch.special.i1e, torch.special.ndtri, torch.special.erfcx])
+def test_functions_without_a_kernel_in_16_bits(function: Callable[[Tensor], Tensor]) -> None:
+    x, w = torch.rand(4, 8, requires_grad=True), torch.rand(8, 8)
+    run(lambda x, w: function(torch.sigmoid(x @ w)), x, w)[0].sum().backward()
+    assert x.grad is not None
+    assert bool(x.grad.isfinite().all())
