@@ -91,3 +91,7 @@ def dtypes_of(function: Callable[..., Any], target: Any, *inputs: Tensor) -> lis
 
     torch.compile(function, backend=look)(*inputs)
     return found
+
+
+def relative(found: Tensor, right: Tensor) -> float:
+    return float((found.double() - right.double()).norm() / right.double().norm())

@@ -10,7 +10,21 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mixed import BF16, FP16, FP32, LOW, Stages, apply, autocast, calls, casts_to_bf16, dtypes_in, dtypes_of, run
+from mixed import (
+    BF16,
+    FP16,
+    FP32,
+    LOW,
+    Stages,
+    apply,
+    autocast,
+    calls,
+    casts_to_bf16,
+    dtypes_in,
+    dtypes_of,
+    relative,
+    run,
+)
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -518,10 +532,6 @@ class RoundedProducts(TorchFunctionMode):
         if func is Tensor.__matmul__:
             return (args[0].bfloat16() @ args[1].bfloat16()).float()
         return func(*args, **(kwargs or {}))
-
-
-def relative(found: Tensor, right: Tensor) -> float:
-    return float((found.double() - right.double()).norm() / right.double().norm())
 
 
 def pair(seed: int = 0) -> tuple[Tensor, Tensor]:

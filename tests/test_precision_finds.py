@@ -1,14 +1,17 @@
 """Mixed precision: what reviews found."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 import torch
-from mixed import BF16, FP32, Stages, apply, dtypes_in, run
-from torch import Tensor
+import torch.nn.functional as F
+from mixed import BF16, FP32, Stages, autocast, dtypes_in, relative, run
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from fxopt.precision.calls import class_of_einsum
+from fxopt.precision.casts import READERS
 
 pytestmark = pytest.mark.filterwarnings("error::fxopt.FxoptWarning")
 aten = torch.ops.aten
@@ -51,15 +54,16 @@ def test_an_operator_of_another_package_can_be_named(chosen: str | None, dtype: 
 
 
 @pytest.mark.parametrize(
-    ("equation", "chosen"),
+    ("chosen", "equations"),
     [
-        ("ij,jk->ik", "low"), ("ij,jk", "low"), ("...ij,...jk->...ik", "low"), ("ij,ij->i", "low"), ("b i j, b j k", "low"),
-        ("...,...->", "low"), ("ij->", "fp32"), ("ij->j", "fp32"), ("ii", "fp32"), ("ij,kl->il", "fp32"), ("...i->i", "fp32"),
-        ("i,j->ij", "follow"), ("ij,ij->ij", "follow"), ("ij->ji", "follow"), ("ii->i", "follow"), ("...i,...i->...i", "follow"),
+        ("low", "ij,jk->ik ij,jk ...ij,...jk->...ik ij,ij->i ...,...->"),
+        ("fp32", "ij-> ij->j ii ij,kl->il ...i->i"),
+        ("follow", "i,j->ij ij,ij->ij ij->ji ii->i ...i,...i->...i"),
     ],
-)  # fmt: skip
-def test_an_einsum_is_a_product_where_operands_share_a_summed_index(equation: str, chosen: str) -> None:
-    assert class_of_einsum(equation) == chosen
+)
+def test_an_einsum_is_a_product_where_operands_share_a_summed_index(chosen: str, equations: str) -> None:
+    for equation in equations.split():
+        assert class_of_einsum(equation) == chosen, equation
 
 
 def test_an_einsum_that_sums_is_not_rounded() -> None:
@@ -91,3 +95,52 @@ def test_functions_without_a_kernel_in_16_bits(function: Callable[[Tensor], Tens
     run(lambda x, w: function(torch.sigmoid(x @ w)), x, w)[0].sum().backward()
     assert x.grad is not None
     assert bool(x.grad.isfinite().all())
+
+
+# --- readers -----------------------------------------------------------------------------------------------------
+
+
+def error_of_gradient(call: Callable[..., Tensor], inputs: Sequence[Tensor], exact: Tensor) -> float:
+    x = inputs[0].detach().clone().requires_grad_()
+    call(x, *inputs[1:]).backward()
+    assert x.grad is not None
+    return relative(x.grad, exact)
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("view", [False, True])
+def test_gradients_of_many_readers_are_not_all_summed_in_16_bits(view: bool, checkpointed: bool) -> None:
+    count = 24
+
+    def readers(h: Tensor, w: Tensor) -> Tensor:
+        h = h.view(4, 8, 64).transpose(0, 1) if view else h
+        return torch.stack([torch.tanh(F.linear(h, w[at])).sum() for at in range(count)]).sum()
+
+    def many(x: Tensor, w: Tensor) -> Tensor:
+        h = torch.tanh(x)
+        return checkpoint(readers, h, w, use_reentrant=False) if checkpointed else readers(h, w)  # type: ignore[no-any-return]
+
+    torch.manual_seed(0)
+    x, w = torch.randn(32, 64), torch.randn(count, 64, 64) / 8
+    right = x.double().requires_grad_()
+    many(right, w.double()).backward()
+    assert right.grad is not None
+    with autocast():
+        theirs = error_of_gradient(many, (x, w), right.grad)
+    stages = Stages()
+    assert error_of_gradient(torch.compile(many, backend=stages), (x, w), right.grad) < 1.3 * theirs
+    shared = [cast for cast in stages.report.casts if cast.bytes == x.numel() * 2]
+    assert len(shared) == count // READERS
+
+
+def test_what_requires_no_grad_and_weights_are_cast_once() -> None:
+    def many(x: Tensor, w: Tensor) -> Tensor:
+        return torch.stack([torch.tanh(F.linear(x * at, w)).sum() for at in range(8)]).sum()
+
+    def readers(*inputs: Tensor) -> list[int]:
+        _, stages = run(many, *inputs)
+        return [cast.readers for cast in stages.report.casts if cast.after == "bfloat16" and cast.readers > 1]
+
+    weight = torch.randn(8, 8)
+    assert readers(torch.randn(4, 8), nn.Parameter(weight)) == [8]
+    assert readers(torch.randn(4, 8, requires_grad=True), weight) == [8]

@@ -1,4 +1,4 @@
-"""Operators whose class depends on what they are called with: sums that 16 bits must not take, products that are none."""
+"""Operators whose class depends on their arguments: sums that 16 bits must not take, and products that are none."""
 
 from __future__ import annotations
 

@@ -30,8 +30,8 @@ __all__ = ["Mixed"]
 
 aten = torch.ops.aten
 
-Traits = tuple[bool, bool]
-"""Whether a node is in `Mixed.whole`, and whether in `Mixed.active`."""
+Traits = tuple[bool, bool, bool]
+"""Whether a node is in `Mixed.whole`, in `Mixed.active` and in `Casts.leaves`."""
 
 _WHOLE = "an operand holds whole numbers, positions say, which 16 bits would round"
 _STREAM = "the residual stream has 16 bits"
@@ -345,6 +345,8 @@ class Mixed:
         if node.op == "placeholder" and self.given is not None:
             new.meta["val"], traits = next(self.given)
             self.mark(new, traits)
+        elif node.op == "placeholder" and isinstance(value_of(new), Tensor):
+            self.mark(new, (False, False, value_of(new).requires_grad and value_of(new).is_leaf))
         elif node.target is operator.getitem:
             source, at = arguments(new)
             new.meta["val"] = operator.getitem(*fx.node.map_arg(new.args, value_of))
@@ -353,10 +355,10 @@ class Mixed:
 
     def traits(self, new: Any) -> Traits:
         """Of a node of the new graph, or of a number, which has none."""
-        return new in self.whole, new in self.active
+        return new in self.whole, new in self.active, new in self.casts.leaves
 
     def mark(self, new: fx.Node, traits: Traits) -> None:
-        for has, nodes in zip(traits, (self.whole, self.active), strict=True):
+        for has, nodes in zip(traits, (self.whole, self.active, self.casts.leaves), strict=True):
             if has:
                 nodes.add(new)
 
