@@ -26,6 +26,7 @@ from fxopt.options import Options
 from fxopt.outputs import OutputPlan, defer_outputs
 from fxopt.pace import paced
 from fxopt.passes import precision
+from fxopt.precision.paths import Paths, check_patterns
 from fxopt.precision.policy import Policy
 from fxopt.report import GraphReport, Report, record, reports
 from fxopt.rewrite import Chooses, apply_rule, copy_module
@@ -240,8 +241,9 @@ def capture(gm: fx.GraphModule, stages: Stages) -> fx.GraphModule:
 
 def cast(gm: fx.GraphModule, policy: Policy, stages: Stages) -> tuple[fx.GraphModule, precision.Precision | None]:
     """Stage 2: explicit casts. What follows is done without ambient autocast."""
-    found = precision.apply(gm, policy)
-    precision.check_patterns(policy, found.paths, compat.ends_in_break(stages.gm))
+    paths = Paths.of(compat.frame_being_compiled()) if policy.keep_fp32 else Paths()
+    found = precision.apply(gm, policy, paths)
+    check_patterns(policy, paths, found.paths, compat.ends_in_break(stages.gm))
     stages.report.notes += [f"{name} stays in fp32: {reason}" for name, reason in found.kept]
     return found.module, found
 

@@ -90,6 +90,7 @@ __all__ = [
     "tag_activation_checkpoint",
     "trace_artifact",
     "trace_atens",
+    "whole_name",
 ]
 
 
@@ -126,11 +127,16 @@ RESUME = "torch_dynamo_resume_in_"
 
 
 class Frame(NamedTuple):
-    """What Dynamo traces. module: its first argument. code: where it is. inner: whether one that breaks calls it."""
+    """What Dynamo traces. module: its first argument. code: where it is. inner: whether one that breaks calls it.
+
+    argument: what the code calls the module. others: all modules that it has names for.
+    """
 
     module: torch.nn.Module | None = None
     code: str = ""
     inner: bool = False
+    argument: str = "self"
+    others: Mapping[str, torch.nn.Module] = {}
 
 
 def frame_being_compiled() -> Frame:
@@ -145,12 +151,23 @@ def frame_being_compiled() -> Frame:
         code, held = frame.f_code, frame.f_locals
     except (AttributeError, AssertionError):
         return Frame()
-    first = held.get("self", next((held[name] for name in code.co_varnames[:1] if name in held), None))
+    cut = code.co_name.startswith(RESUME)  # whose first arguments are what Dynamo hands over
+    names = [one for one in code.co_varnames if not (cut and one.startswith("__"))]
+    name = "self" if "self" in held else next(iter(names), "")
+    first = held.get(name)
     given = first[:1] if isinstance(first, tuple) else (first,)
     called = held.get("fn") if code.co_filename == external_utils.__file__ else None
     candidates = (called, getattr(called, "__self__", None), *given)
     found = next((one for one in candidates if isinstance(one, torch.nn.Module)), None)
-    return Frame(found, f"{code.co_filename}:{code.co_firstlineno} {code.co_name}", _is_inner(code.co_name))
+    argument = f"{name}.0" if isinstance(first, tuple) else name
+    where = f"{code.co_filename}:{code.co_firstlineno} {code.co_name}"
+    others = {key: one for key, one in held.items() if isinstance(one, torch.nn.Module)}
+    return Frame(found, where, _is_inner(code.co_name), argument, others)
+
+
+def whole_name(name: str) -> str:
+    """Of the function that Dynamo traces a part of under `name`."""
+    return name.removeprefix(RESUME).rsplit("_at_", 1)[0] if name.startswith(RESUME) else name
 
 
 def _is_inner(name: str) -> bool:

@@ -138,7 +138,7 @@ def module_path(node: fx.Node, key: str = "nn_module_stack") -> str:
     stack = node.meta.get(key) or {}
     path = str(list(stack.values())[-1][0]) if stack else ""
     path = re.sub(r"\[['\"]?([^\]'\"]+)['\"]?\]", r".\1", path).replace("_modules.", "")
-    return re.sub(r"^(L\.)?(self|fn)?\.?", "", path).replace("._orig_mod", "")
+    return re.sub(r"^([LG]\.)?(self|fn)?\.?", "", path).replace("._orig_mod", "")
 
 
 def provenance_of(node: fx.Node) -> dict[str, Any]:

@@ -13,11 +13,11 @@ from dataclasses import dataclass, field
 from torch import fx
 
 from fxopt import verify
-from fxopt.errors import OptionError
 from fxopt.fake import propagate, without_autocast
 from fxopt.precision.casts import Cast, casts_of
 from fxopt.precision.mixed import Mixed
-from fxopt.precision.policy import Policy, matches
+from fxopt.precision.paths import Paths
+from fxopt.precision.policy import Policy
 from fxopt.rewrite import submodules
 
 
@@ -46,14 +46,15 @@ class Precision:
         )
 
 
-def apply(gm: fx.GraphModule, policy: Policy) -> Precision:
+def apply(gm: fx.GraphModule, policy: Policy, paths: Paths = Paths()) -> Precision:  # noqa: B008 it is frozen
     """`gm`, canonical and propagated, with every cast that `policy` asks for; `gm` itself is untouched.
 
-    Outputs keep shapes, dtypes and strides. What follows must be done without ambient autocast.
+    paths: by which its modules are called. Outputs keep shapes, dtypes and strides. What follows must be done without
+    ambient autocast.
     Raises `verify.VerificationError` if the interface changed.
     """
     with without_autocast():
-        mixed = Mixed(gm, policy)
+        mixed = Mixed(gm, policy, paths)
         module = mixed.run()
         for one in submodules(module):
             one.graph.eliminate_dead_code(lambda node: not verify.is_removable(node))
@@ -66,29 +67,3 @@ def apply(gm: fx.GraphModule, policy: Policy) -> Precision:
 def casts_in(gm: fx.GraphModule) -> list[Cast]:
     """The casts of fxopt's that `gm` holds, bodies of checkpoints included."""
     return [cast for one in submodules(gm) for cast in casts_of(one.graph)]
-
-
-_SEEN: dict[Policy, set[str]] = {}
-"""Module paths of the graphs that each policy was applied to; "" among them once a model was seen whole."""
-
-
-def check_patterns(policy: Policy, paths: set[str], more_to_come: bool) -> None:
-    """Raise `OptionError` for a pattern of ``keep_fp32`` that no module matches, once a first model is seen whole.
-
-    Later graphs (evaluation, another branch) need not hold every module.
-    """
-    seen = _SEEN.setdefault(policy, set())
-    if "" in seen:
-        return
-    seen.update(path for path in paths if path)
-    if more_to_come:
-        return
-    known = sorted(seen)
-    for pattern in policy.keep_fp32:
-        if not any(matches(pattern, path) for path in known):
-            del _SEEN[policy]
-            some = ", ".join(known[:8]) + (", ..." if len(known) > 8 else "")
-            raise OptionError(
-                f"option precision: keep_fp32={pattern!r} matches no module of the model, which has {some}"
-            )
-    seen.add("")

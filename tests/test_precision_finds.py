@@ -10,6 +10,7 @@ from mixed import BF16, FP32, Stages, autocast, dtypes_in, relative, run
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from fxopt import OptionError
 from fxopt.precision.calls import class_of_einsum
 from fxopt.precision.casts import READERS
 
@@ -144,3 +145,66 @@ def test_what_requires_no_grad_and_weights_are_cast_once() -> None:
     weight = torch.randn(8, 8)
     assert readers(torch.randn(4, 8), nn.Parameter(weight)) == [8]
     assert readers(torch.randn(4, 8, requires_grad=True), weight) == [8]
+
+
+# --- patterns ----------------------------------------------------------------------------------------------------
+
+
+class Inner(nn.Module):
+    """Breaks its graph where `breaks`."""
+
+    def __init__(self, breaks: bool) -> None:
+        super().__init__()
+        self.a, self.breaks = nn.Linear(8, 8), breaks
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x)
+        if self.breaks:
+            torch._dynamo.graph_break()
+        return x * 2
+
+
+class Outer(nn.Module):
+    def __init__(self, breaks: bool = False) -> None:
+        super().__init__()
+        self.first, self.inner, self.second = nn.Linear(8, 8), Inner(breaks), nn.Linear(8, 8)
+        self.drop, self.same = nn.Dropout(0.0), nn.Identity()
+
+    def forward(this, x: Tensor) -> Tensor:
+        return this.same(this.drop(this.second(this.inner(this.first(x)))))  # type: ignore[no-any-return]
+
+
+def kept_by(pattern: str, model: Callable[[Tensor], Tensor]) -> list[int]:
+    """Which of the linears of `model` stay in fp32."""
+    _, stages = run(model, torch.randn(3, 8), given={"compute": "bf16", "keep_fp32": [pattern]})
+    linears = stages.nodes(aten.linear.default)
+    assert len(linears) == 3
+    return [at for at, node in enumerate(linears) if dtypes_in(node)[1] == FP32]
+
+
+@pytest.mark.parametrize("breaks", [False, True])
+def test_patterns_name_modules_from_the_model_that_is_compiled(breaks: bool) -> None:
+    expected = {"second": [2], "inner.a": [1], "inner": [1], "this.first": [0], "drop": [], "same": []}
+    for pattern, kept in expected.items():
+        assert kept_by(pattern, Outer(breaks)) == kept, pattern
+    for pattern in ("nope", "a"):  # each time, for every model
+        for _ in range(2):
+            with pytest.raises(OptionError, match=f"'{pattern}' matches no module of the model, which has drop, first"):
+                kept_by(pattern, Outer(breaks))
+
+
+def test_patterns_where_a_function_that_calls_the_model_is_compiled() -> None:
+    def loss(net: nn.Module, x: Tensor) -> Tensor:
+        return net(x).sum()  # type: ignore[no-any-return]
+
+    for pattern in ("second", "net.second"):
+        _, stages = run(loss, Outer(), torch.randn(3, 8), given={"compute": "bf16", "keep_fp32": [pattern]})
+        assert dtypes_in(stages.nodes(aten.linear.default)[2])[1] == FP32
+
+
+def test_a_pattern_for_another_of_the_layers_that_are_compiled_one_by_one() -> None:
+    model, stages = nn.Sequential(Inner(False), Inner(False)), Stages({"compute": "bf16", "keep_fp32": ["1"]})
+    for layer in model:
+        layer.compile(backend=stages)
+    model(torch.randn(3, 8))
+    assert [dtypes_in(node)[1] for node in stages.nodes(aten.linear.default)] == [BF16, FP32]

@@ -19,7 +19,9 @@ from fxopt.compat import Frame
 from fxopt.memory.resident import alive
 from fxopt.memory.units import show_bytes
 
-__all__ = ["ALONE", "EARLIER", "Family", "Piece", "Step", "family_of", "note_piece", "piece_of", "step_of"]
+__all__ = [
+    "ALONE", "EARLIER", "Family", "Piece", "Step", "above", "family_of", "note_piece", "parents", "piece_of", "step_of",
+]  # fmt: skip
 
 SHARE = 0.5
 EARLIER = "earlier graphs of the step"
@@ -51,12 +53,12 @@ def family_of(frame: Frame) -> Family:
     module = frame.module
     if module is None:
         return Family(inner=frame.inner, code=frame.code)
-    parents = _parents()
-    members = max((frozenset(one.modules()) for one in (module, *_above(module, parents))), key=len)
+    holders = parents()
+    members = max((frozenset(one.modules()) for one in (module, *above(module, holders))), key=len)
     wrapped = {getattr(one, "_orig_mod", None) for one in members}
     compiled = {one for one in members if one._compiled_call_impl is not None or one in wrapped}
     # One that lies in another that is compiled is part of the graph of that.
-    apart = [one for one in compiled if not any(up in compiled for up in _above(one, parents))]
+    apart = [one for one in compiled if not any(up in compiled for up in above(one, holders))]
     like = sum(type(one) is type(module) for one in apart)
     if module not in apart:
         like = sum(type(one) is type(module) for one in members)
@@ -64,7 +66,7 @@ def family_of(frame: Frame) -> Family:
     return Family(module, members, like, kinds, frame.inner, frame.code)
 
 
-def _parents() -> Mapping[nn.Module, list[nn.Module]]:
+def parents() -> Mapping[nn.Module, list[nn.Module]]:
     """Of each module in the process those that hold it."""
     found = collections.defaultdict[nn.Module, list[nn.Module]](list)
     for one in alive(nn.Module):
@@ -74,7 +76,7 @@ def _parents() -> Mapping[nn.Module, list[nn.Module]]:
     return found
 
 
-def _above(module: nn.Module, parents: Mapping[nn.Module, list[nn.Module]]) -> Iterator[nn.Module]:
+def above(module: nn.Module, parents: Mapping[nn.Module, list[nn.Module]]) -> Iterator[nn.Module]:
     """All modules that hold `module`, at any depth, but wrappers of itself; each once."""
     seen, waiting = {module}, [module]
     while waiting:

@@ -21,6 +21,7 @@ from fxopt.precision.biases import Apart, apart
 from fxopt.precision.calls import class_of_call
 from fxopt.precision.casts import MARK, Casts, dtype_name, is_float, is_made
 from fxopt.precision.held import beyond, counts, is_given, returned_views, written_in_bodies
+from fxopt.precision.paths import Paths
 from fxopt.precision.policy import LOW_ARGUMENTS, Class, Policy, operator_name
 from fxopt.precision.support import lacks
 from fxopt.rule import Place, module_path
@@ -55,6 +56,7 @@ _ONE_DTYPE = frozenset(
 class Mixed:
     """The walk through one graph; the body of a checkpoint has a walk of its own.
 
+    named: by which paths the modules are called.
     given: for a body, its inputs as the caller passes them, each with its `traits`.
     whole: nodes that hold whole numbers as floats. active: nodes that are made of products or embeddings.
     results: by call of a checkpoint, the traits of each of its results.
@@ -62,8 +64,10 @@ class Mixed:
     one_by_one: number and bytes of the casts if each use had its own (`Casts.bytes_one_by_one`).
     """
 
-    def __init__(self, gm: fx.GraphModule, policy: Policy, given: Sequence[tuple[Any, Traits]] | None = None):
-        self.gm, self.policy = gm, policy
+    def __init__(
+        self, gm: fx.GraphModule, policy: Policy, named: Paths, given: Sequence[tuple[Any, Traits]] | None = None
+    ):
+        self.gm, self.policy, self.named = gm, policy, named
         self.given = None if given is None else iter(given)
         self.graph = fx.Graph()
         self.written = mutated_storages(gm.graph) | written_in_bodies(gm)
@@ -196,7 +200,7 @@ class Mixed:
         said = [enabled for device, enabled in self.regions if values and device == values[0].device.type]
         if said and not said[-1]:
             return "autocast is switched off here"
-        pattern = self.policy.keeps(module_path(node))
+        pattern = self.policy.keeps(*self.named.spellings(module_path(node)))
         return f"keep_fp32 has {pattern!r}" if pattern else ""
 
     def why_not_low(self, node: fx.Node) -> str:
@@ -418,7 +422,7 @@ class Mixed:
             for one in arguments(node)[1:]  # numbers among them, which Dynamo passes for sizes
         ]
         passed = [(value_of(one), self.traits(one)) for one in given]
-        walk = Mixed(operator.attrgetter(name)(self.gm), self.policy, passed)
+        walk = Mixed(operator.attrgetter(name)(self.gm), self.policy, self.named, passed)
         walk.regions = list(self.regions)
         body = walk.run()
         self.kept += walk.kept

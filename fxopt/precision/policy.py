@@ -140,9 +140,9 @@ class Policy:
             "ops": {name.replace("::", "."): chosen for name, chosen in self.ops},
         }  # fmt: skip
 
-    def keeps(self, module: str) -> str | None:
-        """The first pattern of `keep_fp32` that the path `module` matches; None for none."""
-        return next((one for one in self.keep_fp32 if matches(one, module)), None)
+    def keeps(self, *paths: str) -> str | None:
+        """The first pattern of `keep_fp32` that one of the `paths` of a module matches; None for none."""
+        return next((one for one in self.keep_fp32 if any(matches(one, path) for path in paths)), None)
 
     def __str__(self) -> str:
         """Words for a report."""
