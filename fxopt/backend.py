@@ -244,7 +244,7 @@ def cast(gm: fx.GraphModule, policy: Policy, stages: Stages) -> tuple[fx.GraphMo
     paths = Paths.of(compat.frame_being_compiled()) if policy.keep_fp32 else Paths()
     found = precision.apply(gm, policy, paths)
     check_patterns(policy, paths, found.paths, compat.ends_in_break(stages.gm))
-    stages.report.notes += [f"{name} stays in fp32: {reason}" for name, reason in found.kept]
+    stages.report.notes += [f"{name} {why}" for name, why in found.kept]
     return found.module, found
 
 

@@ -26,8 +26,9 @@ class Precision:
     """A graph with its casts.
 
     module: the graph.
-    kept:   (node, reason) of products that stayed in fp32.
-    one_by_one: number and bytes of the casts of the same graph if each use had its own, as autocast makes them.
+    kept:   (node, in which dtype it stays and why) of products that are not computed in 16 bits.
+    one_by_one: number and bytes of the casts of the same graph, forward, if each use had its own but parameters, as
+            autocast makes them.
     paths:  the module paths that nodes of the graph come from.
     """
 
@@ -37,12 +38,12 @@ class Precision:
     paths: set[str] = field(default_factory=set)
 
     def note(self, casts: Sequence[Cast]) -> str:
-        """A sentence for the report, about the casts that are left when the graph is finished."""
+        """A sentence for the report, about the casts left when the graph is finished; autograd makes the backward's."""
         count, total = self.one_by_one
         mib = sum(cast.bytes for cast in casts) / 2**20
         return (
-            f"{len(casts)} casts write {mib:.1f} MiB; one a use, as autocast makes them, "
-            f"{count} would write {total / 2**20:.1f} MiB"
+            f"{len(casts)} casts write {mib:.1f} MiB in the forward; one a use and one a parameter, as autocast makes "
+            f"them, {count} would write {total / 2**20:.1f} MiB"
         )
 
 

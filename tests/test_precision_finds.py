@@ -1,5 +1,6 @@
 """Mixed precision: what reviews found."""
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -96,6 +97,58 @@ def test_functions_without_a_kernel_in_16_bits(function: Callable[[Tensor], Tens
     run(lambda x, w: function(torch.sigmoid(x @ w)), x, w)[0].sum().backward()
     assert x.grad is not None
     assert bool(x.grad.isfinite().all())
+
+
+# --- what stays in its dtype -------------------------------------------------------------------------------------
+
+
+def elu_(x: Tensor, w: Tensor) -> Tensor:
+    return F.elu(F.conv2d(x, w), inplace=True)
+
+
+def read_before_and_after(x: Tensor, w: Tensor) -> Tensor:
+    y = F.conv2d(x, w, padding=1)
+    before = F.conv2d(y.view(y.shape) * 1, w, padding=1)
+    y.mul_(2)
+    return before + F.conv2d(y, w, padding=1)
+
+
+def written_by_a_view(x: Tensor, w: Tensor) -> Tensor:
+    y = F.conv2d(x, w, padding=1)
+    y[:, 0].mul_(3)
+    return F.conv2d(y, w, padding=1)
+
+
+@pytest.mark.parametrize("ambient", [False, True])
+@pytest.mark.parametrize("function", [elu_, read_before_and_after, written_by_a_view])
+def test_a_product_that_is_written_to_has_16_bits(function: Callable[..., Tensor], ambient: bool) -> None:
+    torch.manual_seed(0)
+    x, w = torch.randn(2, 4, 6, 6), (torch.randn(4, 4, 3, 3) / 6).requires_grad_()
+    (right,) = torch.autograd.grad(function(x, w).square().sum(), w)
+    with autocast() if ambient else contextlib.nullcontext():
+        found, stages = run(function, x, w)
+    for node in stages.nodes(aten.conv2d.default, aten.convolution.default):
+        assert dtypes_in(node)[:2] == [BF16, BF16]
+    assert relative(found.detach().float(), function(x, w).detach()) < 2**-6
+    assert relative(torch.autograd.grad(found.float().square().sum(), w)[0], right) < 2**-5
+
+
+def test_notes_name_the_dtype_that_a_product_stays_in() -> None:
+    def region(x: Tensor, w: Tensor) -> Tensor:
+        with torch.autocast("cpu", enabled=False):
+            return x @ w
+
+    for dtype, name in ((BF16, "bf16"), (FP32, "fp32"), (torch.float64, "float64")):
+        x, w = torch.ones(2, 8, dtype=dtype), torch.ones(8, 8, dtype=dtype)
+        notes = run(region, x, w)[1].reports[0].notes
+        assert any(f"stays in {name}: autocast is switched off here" in note for note in notes), notes
+
+
+def test_cells_of_recurrent_networks_are_noted() -> None:
+    _, stages = run(nn.GRUCell(8, 8), torch.randn(2, 8))
+    (node,) = stages.nodes(aten.gru_cell.default)
+    assert set(dtypes_in(node)) == {FP32}
+    assert any("stays in fp32: its products are inside of one operator" in note for note in stages.reports[0].notes)
 
 
 # --- readers -----------------------------------------------------------------------------------------------------

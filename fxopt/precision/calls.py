@@ -12,11 +12,20 @@ from torch import fx
 from fxopt.fake import bound_arguments
 from fxopt.precision.policy import Class, Policy, operator_name
 
-__all__ = ["class_of_call", "class_of_einsum"]
+__all__ = ["class_of_call", "class_of_einsum", "has_products"]
 
 aten = torch.ops.aten
 
 _ADDS = frozenset({aten.scatter.reduce, aten.scatter.value_reduce})
+
+_CELLS = frozenset(
+    f"aten::{name}{suffix}" for name in ("gru", "lstm", "rnn_tanh", "rnn_relu") for suffix in ("", "_cell")
+)
+
+
+def has_products(node: fx.Node) -> bool:
+    """Whether the operator of `node` multiplies matrices among other things, so that it is no product as a whole."""
+    return operator_name(node.target) in _CELLS
 
 
 def class_of_call(policy: Policy, node: fx.Node) -> Class | None:

@@ -18,11 +18,11 @@ from fxopt import compat
 from fxopt.effects import mutated_storages, mutates, storages_of
 from fxopt.fake import arguments, bound_arguments, value_of
 from fxopt.precision.biases import Apart, apart
-from fxopt.precision.calls import class_of_call
+from fxopt.precision.calls import class_of_call, has_products
 from fxopt.precision.casts import MARK, Casts, dtype_name, is_float, is_made
 from fxopt.precision.held import beyond, counts, is_given, returned_views, written_in_bodies
 from fxopt.precision.paths import Paths
-from fxopt.precision.policy import LOW_ARGUMENTS, Class, Policy, operator_name
+from fxopt.precision.policy import LOW_ARGUMENTS, Class, Policy, operator_name, short_name
 from fxopt.precision.support import lacks
 from fxopt.rule import Place, module_path
 from fxopt.simplify import WIDE
@@ -34,6 +34,7 @@ aten = torch.ops.aten
 Traits = tuple[bool, bool, bool]
 """Whether a node is in `Mixed.whole`, in `Mixed.active` and in `Casts.leaves`."""
 
+_WRITTEN = "it is written to in place"
 _WHOLE = "an operand holds whole numbers, positions say, which 16 bits would round"
 _STREAM = "the residual stream has 16 bits"
 _ALIKE = "the operator takes one dtype"
@@ -60,7 +61,8 @@ class Mixed:
     given: for a body, its inputs as the caller passes them, each with its `traits`.
     whole: nodes that hold whole numbers as floats. active: nodes that are made of products or embeddings.
     results: by call of a checkpoint, the traits of each of its results.
-    kept:  (node, reason) of products that stay in fp32. paths: the module paths of the nodes seen.
+    kept:  (node, in which dtype it stays and why) of products that are not computed in 16 bits.
+    paths: the module paths of the nodes seen.
     one_by_one: number and bytes of the casts if each use had its own (`Casts.bytes_one_by_one`).
     """
 
@@ -153,6 +155,8 @@ class Mixed:
             self.emit(node, lambda one: self.as_before(one, node, reason))
         elif chosen == "low":
             self.low(node)
+            if self.is_written(node):
+                self.restore(node)
         elif chosen == "fp32":
             self.emit(node, lambda one: self.cast(one, torch.float32, node, reason))
         else:
@@ -165,25 +169,30 @@ class Mixed:
             return None, "it is given to a body"
         if "kept" in node.meta or mutates(node) or node.target is aten.view.dtype:
             return None, "it must have the dtype it had"
-        if not storages_of(value_of(node)).isdisjoint(self.written):
-            return None, "it is written to in place"
-        chosen = class_of_call(self.policy, node)
-        reason = self.why_kept(node)
-        if reason:
-            if chosen == "low":
-                self.keep(node, reason)
-            return None if node.meta.get("autocast") is None else "fp32", reason  # what it had may be autocast's
+        chosen, kept = class_of_call(self.policy, node), self.why_kept(node)
+        if why := kept or self.why_not_low(node, chosen):
+            # What it had under autocast may be autocast's.
+            as_it_was = self.is_written(node) or (bool(kept) and node.meta.get("autocast") is None)
+            if chosen == "low" or not kept:
+                self.keep(node, why, value_of(node) if as_it_was else torch.float32)
+            return None if as_it_was else "fp32", why
         if chosen is None:
             return None, "an operator of which nothing is known"
-        if chosen == "low" and (why := self.why_not_low(node)):
-            self.keep(node, why)
-            return "fp32", why
+        if self.is_written(node) and chosen != "low":
+            return None, _WRITTEN
         if chosen == "fp32" and self.is_a_products_power(node):
             return "follow", ""
         return chosen, "sums and transcendental functions are computed in fp32"
 
-    def keep(self, node: fx.Node, reason: str) -> None:
-        self.kept.append((node.name, f"{reason} ({Place.of(node)})"))
+    def is_written(self, node: fx.Node) -> bool:
+        """Whether something writes to the memory of `node`."""
+        return not storages_of(value_of(node)).isdisjoint(self.written)
+
+    def keep(self, node: fx.Node, reason: str, dtype: Any = None) -> None:
+        """Note that `node` stays in `dtype`, or in that of the tensor `dtype`; None: in those that it has."""
+        dtype = getattr(dtype, "dtype", dtype)
+        stays = "keeps its dtypes" if dtype is None else f"stays in {short_name(dtype)}"
+        self.kept.append((node.name, f"{stays}: {reason} ({Place.of(node)})"))
 
     def is_a_products_power(self, node: fx.Node) -> bool:
         """Whether `node` is ``x ** 3`` and the like on its way to no sum, such as in gelu's approximation by tanh.
@@ -203,8 +212,10 @@ class Mixed:
         pattern = self.policy.keeps(*self.named.spellings(module_path(node)))
         return f"keep_fp32 has {pattern!r}" if pattern else ""
 
-    def why_not_low(self, node: fx.Node) -> str:
-        """Why a product stays in fp32 though the policy calls it low; "" for no reason."""
+    def why_not_low(self, node: fx.Node, chosen: Class | None) -> str:
+        """Why a product stays in fp32 though the policy calls it low, or would if it saw it; "" for no reason."""
+        if chosen != "low":
+            return "its products are inside of one operator" if has_products(node) and chosen == "fp32" else ""
         operands = self.low_operands(node)
         if any(one in self.whole for one in operands):
             return _WHOLE
@@ -213,6 +224,11 @@ class Mixed:
         if devices == {"cpu"} and lacks(name, dtype):
             return f"this CPU has no {name} in {dtype_name(dtype)}"
         return ""
+
+    def restore(self, node: fx.Node) -> None:
+        """The product `node` in the dtype it had, in memory that may be written to: it is where the old node's was."""
+        new = self.env[node] = self.as_before(node, node, _WRITTEN)
+        new.meta["val"] = value_of(node)
 
     def low_operands(self, node: fx.Node) -> list[fx.Node]:
         """The new nodes that a product casts."""

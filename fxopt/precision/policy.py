@@ -16,7 +16,7 @@ import torch
 
 from fxopt.errors import OptionError, nearest
 
-__all__ = ["LOW_ARGUMENTS", "Policy", "matches", "operator_name"]
+__all__ = ["LOW_ARGUMENTS", "Policy", "matches", "operator_name", "short_name"]
 
 Class = Literal["low", "fp32", "follow"]
 CLASSES: tuple[str, ...] = get_args(Class)
@@ -116,7 +116,7 @@ class Policy:
         if "compute" not in values:
             raise OptionError("option precision says no 'compute': say {'compute': 'bf16', ...} or 'fp16'.")
         compute = _dtype("compute", values["compute"], COMPUTE)
-        residual = _dtype("residual", values.get("residual", "fp32"), ("fp32", _name(compute)))
+        residual = _dtype("residual", values.get("residual", "fp32"), ("fp32", short_name(compute)))
         return cls(compute, residual, _patterns(values.get("keep_fp32", ())), _overrides(values.get("ops", {})))
 
     def class_of(self, target: Any) -> Class | None:
@@ -136,7 +136,8 @@ class Policy:
     def as_option(self) -> dict[str, Any]:
         """What ``options={"precision": ...}`` would say, in plain values."""
         return {
-            "compute": _name(self.compute), "residual": _name(self.residual), "keep_fp32": list(self.keep_fp32),
+            "compute": short_name(self.compute), "residual": short_name(self.residual),
+            "keep_fp32": list(self.keep_fp32),
             "ops": {name.replace("::", "."): chosen for name, chosen in self.ops},
         }  # fmt: skip
 
@@ -147,7 +148,7 @@ class Policy:
     def __str__(self) -> str:
         """Words for a report."""
         kept = f", {', '.join(self.keep_fp32)} kept" if self.keep_fp32 else ""
-        return f"{_name(self.compute)} (residual stream {_name(self.residual)}{kept})"
+        return f"{short_name(self.compute)} (residual stream {short_name(self.residual)}{kept})"
 
 
 def operator_name(target: Any) -> str:
@@ -161,8 +162,9 @@ def matches(pattern: str, path: str) -> bool:
     return fnmatch.fnmatchcase(path, pattern) or fnmatch.fnmatchcase(path, f"{pattern}.*")
 
 
-def _name(dtype: torch.dtype) -> str:
-    return next(name for name, one in DTYPES.items() if one == dtype)
+def short_name(dtype: torch.dtype) -> str:
+    """ "bf16"; of dtypes that no policy has, "float64"."""
+    return next((name for name, one in DTYPES.items() if one == dtype), str(dtype).removeprefix("torch."))
 
 
 def _dtype(key: str, given: Any, allowed: Sequence[str]) -> torch.dtype:
