@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fxopt import OptionError
+from fxopt.fake import value_of
 from fxopt.precision.calls import class_of_einsum
-from fxopt.precision.casts import READERS
+from fxopt.precision.casts import READERS, is_made
+from fxopt.rewrite import submodules
 
 pytestmark = pytest.mark.filterwarnings("error::fxopt.FxoptWarning")
 aten = torch.ops.aten
@@ -261,3 +263,61 @@ def test_a_pattern_for_another_of_the_layers_that_are_compiled_one_by_one() -> N
         layer.compile(backend=stages)
     model(torch.randn(3, 8))
     assert [dtypes_in(node)[1] for node in stages.nodes(aten.linear.default)] == [BF16, FP32]
+
+
+# --- bodies of checkpoints ---------------------------------------------------------------------------------------
+
+
+def with_a_sum(x: Tensor, w: Tensor) -> Tensor:
+    return F.linear(x, w).tanh() + w.pow(2).sum()
+
+
+def stopped(x: Tensor, w: Tensor) -> Tensor:
+    with torch.no_grad():
+        part = w[:4]
+    return F.linear(x, part).tanh().sum() + F.linear(x, w).sum()
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        lambda x, w: x @ w.t(),
+        lambda x, w: F.linear(x, w[:4]).tanh(),
+        lambda x, w: F.linear(x, w[:4]).tanh() @ w[2:6],
+        lambda x, w: F.linear(x, w) + x @ w,
+        with_a_sum,
+        stopped,
+    ],
+)
+@pytest.mark.parametrize("given_as", [lambda w: w, lambda w: w.t(), lambda w: w[2:10]])
+def test_weights_of_checkpointed_bodies_are_cast_outside(
+    body: Callable[..., Tensor], given_as: Callable[[Tensor], Tensor]
+) -> None:
+    def step(x: Tensor, w: Tensor) -> Tensor:
+        return checkpoint(body, x.tanh(), given_as(w), use_reentrant=False)  # type: ignore[no-any-return]
+
+    torch.manual_seed(0)
+    x, w = torch.randn(4, 8, requires_grad=True), nn.Parameter(torch.randn(8, 8) / 3)
+    w = nn.Parameter(torch.randn(12, 8) / 3) if given_as(torch.empty(12, 8)).shape == (8, 8) else w
+    found, stages = run(step, x, w)
+    inside = [
+        node for graph in stages.graphs for one in submodules(graph) if one is not graph for node in one.graph.nodes
+    ]
+    cast = [str(node.args[0]) for node in inside if is_made(node) and value_of(node).dtype == BF16]
+    assert len([one for one in cast if "tanh" not in one]) == (body is stopped)
+    right = torch.autograd.grad(step(x, w).square().sum(), (x, w))
+    for ours, theirs in zip(torch.autograd.grad(found.square().sum(), (x, w)), right, strict=True):
+        assert relative(ours, theirs) < 2**-5
+
+
+def test_a_weight_that_a_body_writes_to_is_cast_where_it_is_read() -> None:
+    def body(x: Tensor, w: Tensor) -> Tensor:
+        w.mul_(2)
+        return F.linear(x, w).tanh() @ w[:4]
+
+    def step(x: Tensor, w: Tensor) -> Tensor:
+        with torch.no_grad():
+            return checkpoint(body, x, w, use_reentrant=False)  # type: ignore[no-any-return]
+
+    x, w = torch.randn(4, 4), torch.randn(4, 4)
+    assert relative(run(step, x, w.clone())[0], step(x, w.clone())) < 2**-5

@@ -14,13 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fxopt import compat
+from fxopt import compat, verify
 from fxopt.effects import mutated_storages, mutates, storages_of
 from fxopt.fake import arguments, bound_arguments, value_of
 from fxopt.precision.biases import Apart, apart
 from fxopt.precision.calls import class_of_call, has_products
-from fxopt.precision.casts import MARK, Casts, dtype_name, is_float, is_made
+from fxopt.precision.casts import Casts, dtype_name, is_float
 from fxopt.precision.held import beyond, counts, is_given, returned_views, written_in_bodies
+from fxopt.precision.hoisting import hoist
 from fxopt.precision.paths import Paths
 from fxopt.precision.policy import LOW_ARGUMENTS, Class, Policy, operator_name, short_name
 from fxopt.precision.support import lacks
@@ -445,9 +446,8 @@ class Mixed:
         self.paths |= walk.paths
         self.count(walk.one_by_one)
         if not shared:
-            inside = body.graph.find_nodes(op="placeholder")
-            pairs = zip(given, inside, strict=True)
-            given = [self.hoisted(*pair, node) if isinstance(pair[0], fx.Node) else pair[0] for pair in pairs]
+            body.graph.eliminate_dead_code(lambda one: not verify.is_removable(one))  # which may read weights
+            given = hoist(self.casts, body.graph, given, node, walk.written)
         body.recompile()
         self.bodies[name] = body
         new = self.graph.create_node(node.op, node.target, (self.env[arguments(node)[0]], *given), dict(node.kwargs))
@@ -456,17 +456,6 @@ class Mixed:
         if isinstance(results, tuple | list):
             self.results[new] = [walk.traits(one) for one in results]
         self.put(node, new)
-
-    def hoisted(self, outer: fx.Node, inner: fx.Node, node: fx.Node) -> fx.Node:
-        """The cast of `outer` in place of it, if it is an input of this graph and all that the body reads is a cast."""
-        readers = list(inner.users)
-        if outer.op != "placeholder" or len(readers) != 1 or not is_made(readers[0]):
-            return outer
-        (cast,) = readers
-        cast.replace_all_uses_with(inner)
-        inner.graph.erase_node(cast)
-        inner.meta["val"] = value_of(cast)
-        return self.casts.placed(outer, value_of(cast).dtype, cast.meta[MARK], node)
 
 
 def _dtypes(value: Any) -> list[Any]:
