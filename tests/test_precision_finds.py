@@ -265,6 +265,42 @@ def test_a_pattern_for_another_of_the_layers_that_are_compiled_one_by_one() -> N
     assert [dtypes_in(node)[1] for node in stages.nodes(aten.linear.default)] == [BF16, FP32]
 
 
+# --- where casts stand -------------------------------------------------------------------------------------------
+
+ROWS = torch.zeros(64, dtype=torch.int64)
+
+
+@pytest.mark.parametrize(
+    "repeated",
+    [
+        lambda x: x.repeat(16, 1),
+        lambda x: x.tile(16, 1),
+        lambda x: x.repeat_interleave(16, 0),
+        lambda x: x[ROWS],
+        lambda x: x.index_select(0, ROWS),
+        lambda x: x.gather(0, ROWS[:, None].expand(-1, 8)),
+        lambda x: F.pad(x, (0, 0, 0, 60)),
+    ],
+)
+def test_a_cast_goes_above_what_repeats_a_tensor_without_gradient(repeated: Callable[[Tensor], Tensor]) -> None:
+    def function(x: Tensor, w: Tensor) -> Tensor:
+        return repeated(x.exp()) @ w
+
+    x, w = torch.randn(4, 8), nn.Parameter(torch.randn(8, 8))
+    for wants, size in ((False, 4), (True, 64)):
+        found, stages = run(function, x.requires_grad_(wants), w)
+        (cast,) = [one for one in stages.report.casts if one.after == "bfloat16" and one.bytes != 2 * 64]
+        assert cast.bytes == 2 * 8 * size
+        assert torch.equal(found.bfloat16(), repeated(x.exp().bfloat16()) @ w.bfloat16())
+
+
+def test_a_cast_stays_below_a_mask_and_padding_that_is_not_zero() -> None:
+    x, w = torch.rand(4, 8), torch.randn(8, 8)
+    for moved in (lambda x: x[x[:, 0] > -1], lambda x: F.pad(x, (0, 0, 0, 60), value=0.3)):
+        _, stages = run(lambda x, w, moved=moved: moved(x.exp()) @ w, x, w)
+        assert [one.source for one in stages.report.casts if one.source.startswith("exp")] == []
+
+
 # --- bodies of checkpoints ---------------------------------------------------------------------------------------
 
 

@@ -18,7 +18,7 @@ from torch import fx
 
 from fxopt import compat
 from fxopt.effects import storages_of
-from fxopt.fake import arguments, value_of
+from fxopt.fake import arguments, bound_arguments, value_of
 from fxopt.rule import Place, provenance_of
 
 __all__ = ["MARK", "VIEWS", "Cast", "Casts", "casts_of", "dtype_name", "is_float", "is_made"]
@@ -41,6 +41,13 @@ READERS = 3
 times at 8 readers and 2.2 times at 32 without a limit. The three projections of an attention layer still share one."""
 _COPIES = frozenset({aten.contiguous.default, aten.clone.default, aten.reshape.default})
 """Movements that may copy: a cast goes above one only if nobody else reads it, or the copy would be made twice."""
+_REPEATS = frozenset(
+    {
+        aten.repeat.default, aten.tile.default, aten.repeat_interleave.self_int, aten.index.Tensor,
+        aten.index_select.default, aten.gather.default, aten.pad.default, aten.constant_pad_nd.default,
+    }
+)  # fmt: skip
+"""Copies that may repeat numbers. Where gradients come back, a cast stays below: they are summed over the repeats."""
 
 
 @dataclass(frozen=True)
@@ -161,12 +168,22 @@ class Casts:
 
     def goes_above(self, node: fx.Node) -> bool:
         """Whether `node` moves a tensor that is no larger, so that casting that costs no more and may serve others."""
-        if node.target not in VIEWS | _COPIES or (node.target in _COPIES and node not in self.once):
+        copies = node.target in _COPIES or self.repeats(node)
+        if (not copies and node.target not in VIEWS) or (copies and node not in self.once):
             return False
         source, result = value_of(node.args[0]), value_of(node)
         if not is_float(source) or source.dtype != result.dtype or not self.is_same(arguments(node)[0], node):
             return False
         return size_of(source, source.dtype) <= size_of(result, source.dtype)
+
+    def repeats(self, node: fx.Node) -> bool:
+        """Whether `node` copies numbers of a tensor that gets no gradient, and puts none but zeros among them."""
+        if node.target not in _REPEATS or value_of(node).requires_grad:
+            return False
+        given = bound_arguments(node)
+        indices = [value_of(one) for one in given.get("indices") or () if one is not None]
+        sized = all(one.dtype not in (torch.bool, torch.uint8) for one in indices)  # a mask's result is sized by data
+        return sized and not given.get("value") and given.get("mode", "constant") == "constant"
 
     def cast(self, node: fx.Node, dtype: torch.dtype, reason: str, reader: fx.Node) -> fx.Node:
         name = f"{node.name}_{dtype_name(dtype)}"
