@@ -20,9 +20,7 @@ aten = torch.ops.aten
 _MOVES = VIEWS | {aten.slice.Tensor, aten.select.int, aten.narrow.default}
 
 
-def hoist(
-    casts: Casts, body: fx.Graph, given: Sequence[Any], call: fx.Node, written: Collection[Any]
-) -> list[Any]:
+def hoist(casts: Casts, body: fx.Graph, given: Sequence[Any], call: fx.Node, written: Collection[Any]) -> list[Any]:
     """What to give `body`, which was given `given`, in place of the casts of weights that it then needs no more.
 
     casts: of the graph around it, which has `call`, a node of the graph as it was. written: storages that the body
