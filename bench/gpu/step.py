@@ -158,7 +158,7 @@ class Training:
             loss, norm = self.gate.finish()
             self._wait()
             first = time.perf_counter() - start
-            later = statistics.median(self._timed()[0] for _ in range(2))
+            later = statistics.median(self._timed()[0] for _ in range(1 if self.settings.tiny else 2))
             compiling = self.compile_s + max(0.0, first - later)
             found = {"loss": float(loss), "grad_norm": float(norm), "compile_s": compiling, **self._memory()}
             release()
@@ -167,7 +167,7 @@ class Training:
     def measure(self, turn: int) -> Answer:
         """Milliseconds of each of some steps, after others that refill the allocator's cache."""
         timed = 1 if self.settings.tiny else EAGER_TIMED if self.backend == "eager" else TIMED
-        for _ in range(WARM):
+        for _ in range(0 if self.settings.tiny else WARM):
             self._timed()
         found = [1000 * self._timed()[0] for _ in range(timed)]
         release()
