@@ -1,6 +1,6 @@
 """Mixed precision: fxopt's explicit casts against autocast, in time, memory, casts and error.
 
-    python bench/precision.py                        all four parts
+    python bench/precision.py                        all five parts
     python bench/precision.py --part time --quick    two turns: to see that it works, not to quote
 
 time    a step of the 4-layer Llama of cases.py: fxopt with precision="bf16", Inductor under autocast, Inductor in fp32;
@@ -9,7 +9,10 @@ casts   nodes and bytes of floating casts in the joint graph that the partitione
 errors  loss and gradients against fp64, Inductor under autocast and fxopt, over seeds of weights and tokens: gradients
         by geometric mean; losses, which are one number each, by root mean square over more seeds, forward only. A ratio
         misses its target where all of its 95 % interval does.
+readers the gradient of one activation that many products read: its error by how many there are, against autocast's.
 curve   the demo's model, 200 steps, three seeds of its weights: losses in fp32 under Inductor and in bf16 under fxopt.
+
+With --json a part is measured alone where the others are there already; each is kept with its own machine and commit.
 """
 
 import argparse
@@ -43,7 +46,7 @@ from fxopt.testing.exact import Widen
 
 CASE = "llama-4L"
 OURS, AUTOCAST, FP32 = "fxopt+bf16", "inductor+autocast", "inductor"
-PARTS = ("time", "casts", "errors", "curve")
+PARTS = ("time", "casts", "errors", "readers", "curve")
 TARGETS = {  # what it must reach: measure, against what, at most
     "time against autocast": 0.95,
     "memory against autocast": 0.75,
@@ -330,19 +333,67 @@ def show_curve(found: dict[str, Any], console: Console) -> None:
         console.print(f"mean difference of losses, {name}: {value:.4f}", highlight=False)
 
 
+# --- readers -----------------------------------------------------------------------------------------------------
+
+
+class Readers(nn.Module):
+    """`count` products that all read one activation, which is made of the parameter x."""
+
+    def __init__(self, count: int, width: int = 64):
+        super().__init__()
+        self.x = nn.Parameter(torch.randn(32, width))
+        self.weights = nn.Parameter(torch.randn(count, width, width) / 8)
+
+    def forward(self) -> Tensor:
+        """Return a scalar."""
+        shared = torch.tanh(self.x)
+        return torch.stack([torch.tanh(nn.functional.linear(shared, one)).sum() for one in self.weights]).sum()
+
+
+def measure_readers(options: argparse.Namespace, console: Console) -> dict[str, list[float]]:
+    """By number of readers, the error of the gradient of x over autocast's, a ratio a seed."""
+    found: dict[str, list[float]] = {}
+    for count in track((1, 3, 8, 32), "readers", console=console, transient=True):
+        for seed in range(1 if options.quick else 3):
+            torch.manual_seed(seed)
+            model = Readers(count)
+            exact = x_gradient(copy.deepcopy(model).double(), "eager").double()
+            ours, amp = (float((x_gradient(model, name).double() - exact).norm()) for name in (OURS, AUTOCAST))
+            found.setdefault(str(count), []).append(ours / amp)
+    return found
+
+
+def x_gradient(model: Readers, backend: str) -> Tensor:
+    torch.compiler.reset()
+    model.zero_grad()
+    compile_as(model, backend)().backward()
+    assert model.x.grad is not None
+    return model.x.grad
+
+
+def show_readers(found: dict[str, list[float]], console: Console) -> None:
+    for count, ratios in found.items():
+        console.print(f"{count} readers: {statistics.mean(ratios):.2f}x autocast's error", highlight=False)
+
+
 # --- all of it ---------------------------------------------------------------------------------------------------
 
-MEASURES = {"time": measure_time, "casts": measure_casts, "errors": measure_errors, "curve": measure_curve}
-SHOW = {"time": show_time, "casts": show_casts, "errors": show_errors, "curve": show_curve}
+MEASURES = {
+    "time": measure_time, "casts": measure_casts, "errors": measure_errors, "readers": measure_readers,
+    "curve": measure_curve,
+}  # fmt: skip
+SHOW = {
+    "time": show_time, "casts": show_casts, "errors": show_errors, "readers": show_readers, "curve": show_curve
+}  # fmt: skip
 
 
-def measured_before(path: Path, machine: dict[str, Any]) -> dict[str, Any]:
-    """The parts that `path` holds already, of the same commit and machine: a part can be measured alone."""
-    if not path.exists():
-        return {}
+def measured_before(path: Path | None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The parts that `path` holds already, and the machine of each."""
+    if path is None or not path.exists():
+        return {}, {}
     found: dict[str, Any] = json.loads(path.read_text())
-    alike = all(found["machine"][key] == machine[key] for key in ("commit", "cpu", "dirty"))
-    return {part: found[part] for part in PARTS if part in found} if alike else {}
+    there = {part: found[part] for part in PARTS if part in found}
+    return there, {part: found.get("machines", {}).get(part, found["machine"]) for part in there}
 
 
 def problems(results: dict[str, Any]) -> list[str]:
@@ -374,13 +425,13 @@ def main() -> int:
     if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         console.print("this processor has no bf16 products: time says nothing about one that has", style="red")
     machine = begin(console, options.quick)
-    results = measured_before(options.json, machine) if options.json else {}
+    results, machines = measured_before(options.json)
     for part in options.part:
-        results[part] = MEASURES[part](options, console)
+        results[part], machines[part] = MEASURES[part](options, console), machine
         SHOW[part](results[part], console)
         if options.json:
-            write_json(options.json, machine, results)
-    wrong = problems(results)
+            write_json(options.json, machine, {"machines": machines, **results})
+    wrong = problems({part: results[part] for part in options.part})
     for sentence in wrong:
         console.print(sentence, style="red", highlight=False, soft_wrap=True)
     return 1 if wrong and not options.quick else 0

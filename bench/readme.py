@@ -8,6 +8,7 @@ import argparse
 import json
 import statistics
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import explain
@@ -86,31 +87,30 @@ def precision_line(result: dict[str, Any]) -> str:
         'In mixed precision, `options={"precision": "bf16"}`, a step of the same Llama takes '
         f"{ratios['time against autocast']:.2f}x the time and {ratios['memory against autocast']:.2f}x the memory of "
         f"Inductor under autocast, and {ratios['time against fp32']:.2f}x the time of Inductor in fp32 "
-        f"([docs/precision.md](docs/precision.md#measured); {machine_line(result['machine'])})."
+        f"([docs/precision.md](docs/precision.md#measured); {machine_line(machine_of('time', result))})."
     )
+
+
+def machine_of(part: str, result: dict[str, Any]) -> dict[str, Any]:
+    """Return on what `part` of a result was measured, where parts are measured alone."""
+    found: dict[str, Any] = result.get("machines", {}).get(part, result["machine"])
+    return found
 
 
 def precision_text() -> str:
     """Return what stands between the markers of docs/precision.md."""
     result = load("precision")
-    warning = busy_warning(result["machine"])
-    lines = [
-        f"Measured by `bench/precision.py` on {result['machine']['date'][:10]}, on {machine_line(result['machine'])}.",
-        *([warning] if warning else []),
-        "",
-        *time_table(result["time"]),
-        "",
-        "Casts between floating dtypes in the joint graph that the partitioner gets, forward and backward:",
-        "",
-        *casts_table(result["casts"]),
-        "",
-        errors_line(result["errors"]),
-        "",
-        *errors_table(result["errors"]),
-        "",
-        curve_line(result["curve"]) if "curve" in result else "The loss curve of a longer training: not measured.",
-    ]
-    return "\n".join(lines)
+    lines = []
+    for part, (heading, text) in PRECISION_PARTS.items():
+        machine = machine_of(part, result)
+        warning = busy_warning(machine) if part == "time" else ""
+        where = f"{machine['date'][:10]}, {machine_line(machine)}"
+        if part in result:
+            lines += [f"**{heading}** (`bench/precision.py --part {part}`, {where})", *([warning] if warning else [])]
+            lines += ["", *text(result[part]), ""]
+        else:
+            lines += [f"**{heading}**: not measured.", ""]
+    return "\n".join(lines).rstrip()
 
 
 def time_table(found: dict[str, Any]) -> list[str]:
@@ -169,6 +169,27 @@ def curve_line(found: dict[str, Any]) -> str:
         f"average {apart:.3f} from that in fp32 of its seed ({most:.3f} for the worst), and that of two seeds in fp32 "
         f"{spread:.3f} ({widest:.3f} for the two farthest)."
     )
+
+
+def errors_text(found: dict[str, Any]) -> list[str]:
+    """Return errors by model in Markdown, with what they are of."""
+    return [errors_line(found), "", *errors_table(found)]
+
+
+def readers_text(found: dict[str, list[float]]) -> list[str]:
+    """Return in a sentence what becomes of a gradient that many products add to."""
+    each = ", ".join(f"{statistics.mean(ratios):.2f}x with {count}" for count, ratios in found.items())
+    seeds = len(next(iter(found.values())))
+    return [f"Error of the gradient of an activation over autocast's, by its readers (mean of {seeds} seeds): {each}."]
+
+
+PRECISION_PARTS: dict[str, tuple[str, Callable[[Any], list[str]]]] = {
+    "time": ("Time and memory", time_table),
+    "casts": ("Casts between floating dtypes in the joint graph that the partitioner gets", casts_table),
+    "errors": ("Errors", errors_text),
+    "readers": ("Activations with many readers", readers_text),
+    "curve": ("A longer training", lambda found: [curve_line(found)]),
+}
 
 
 def memory_text() -> str:

@@ -37,8 +37,8 @@ VIEWS = frozenset(
     }
 )  # fmt: skip
 READERS = 3
-"""Of one cast of an activation that requires grad. The error of its gradient is then 1.2 times autocast's; it is 1.4
-times at 8 readers and 2.2 times at 32 without a limit. The three projections of an attention layer still share one."""
+"""Of one cast of an activation that requires grad: the three projections of an attention layer. The error of its
+gradient would grow with their number (``bench/precision.py --part readers``)."""
 _COPIES = frozenset({aten.contiguous.default, aten.clone.default, aten.reshape.default})
 """Movements that may copy: a cast goes above one only if nobody else reads it, or the copy would be made twice."""
 _REPEATS = frozenset(
