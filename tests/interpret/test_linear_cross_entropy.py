@@ -61,7 +61,7 @@ def test_equals_cross_entropy_of_the_logits(drawn: Any, lowering: str) -> None:
         check(tensors, target, upstream, lowering=lowering, **options)
 
 
-@settings(max_examples=20)
+@settings(max_examples=12)
 @given(drawn=problems(DTYPES), lowering=st.just("interpret"))
 def test_lse_and_its_gradients_are_those_of_the_logits(drawn: Any, lowering: str) -> None:
     tensors, target, upstream, options = drawn
