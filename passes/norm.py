@@ -162,7 +162,7 @@ def _costs(site: Site) -> Iterator[Cost]:
     x = site.value("x")
     if x.device.type == "cpu":
         yield Cost(
-            "Inductor fuses this norm as well on a CPU (bench/norm.py: the op of fxopt takes 3 to 10 times as long)"
+            "Inductor fuses this norm as well on a CPU (bench/norm.py: the op of fxopt takes 2 to 7 times as long)"
         )
     else:
         yield Cost(
