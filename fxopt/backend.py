@@ -162,9 +162,8 @@ def run(
         with autocast_after(mixed):
             compat.inherit_from_dynamo(graph, gm)
             compiling = functools.partial(compile_wrapped, compiler, graph, inputs, outputs)
-            compiled = stages.run(
-                "compile", functools.partial(compiled_or_refused, graph, compiling, limited), otherwise=None
-            )
+            work = functools.partial(compiled_or_refused, graph, compiling, limited, banned)
+            compiled = stages.run("compile", work, otherwise=None)
             if isinstance(compiled, dict):
                 banned |= compiled
                 continue
@@ -180,11 +179,12 @@ def compile_wrapped(
 
 
 def compiled_or_refused(
-    graph: fx.GraphModule, compiling: Callable[[], Callable[..., Any]], limit: Limit | None
+    graph: fx.GraphModule, compiling: Callable[[], Callable[..., Any]], limit: Limit | None, banned: Banned
 ) -> Callable[..., Any] | Banned:
     """What `compiling` gives; or, where it fails for kernels that the card does not take, the sites that need them.
 
-    Of each such kernel the user is warned. Raises what `compiling` raises for any other reason.
+    Of each such kernel the user is warned. banned: sites that were found before; where there are no others, the graph
+    has failed for good. Raises what `compiling` raises for any other reason.
     """
     try:
         return compiling()
@@ -193,7 +193,7 @@ def compiled_or_refused(
     except Exception:
         if limit is not None:
             raise  # a failure is what is being looked for
-        refused = refused_sites(graph)
+        refused = {site: error for site, error in refused_sites(graph).items() if site not in banned}
         if not refused:
             raise
         for error in refused.values():
